@@ -1,4 +1,4 @@
-"""Names of the leaves of a parameter tree: `blocks/0/kernel` for NNX states, linen dicts, lists and dataclasses alike."""
+"""Names of the leaves of a tree: `blocks/0/kernel` for NNX states, linen dicts, lists and dataclasses alike."""
 
 import jax
 
