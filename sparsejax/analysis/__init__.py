@@ -1,0 +1,1 @@
+"""What a sparse network looks like and costs: summaries, FLOPs, overlap of masks, gradient flow, plots."""
