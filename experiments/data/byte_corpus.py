@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import os
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,22 @@ def _hashes(name: str) -> tuple[int, int]:
     """Two independent numbers from a name: one decides the part, the other the order in which a limit takes files."""
     digest = hashlib.sha256(os.fsencode(name)).digest()
     return int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:16], "big")
+
+
+def join_texts(texts: Iterable[str]) -> np.ndarray:
+    """Texts as one run of bytes, such as a text column of Parquet files, to take `ByteWindows` of.
+
+    Args:
+        texts: any strings; each is encoded as UTF-8 and ends with a zero byte.
+
+    Returns:
+        uint8 (bytes,).
+
+    Example:
+        >>> bytes(join_texts(["one", "two"]))
+        b'one\\x00two\\x00'
+    """
+    return np.frombuffer(b"".join(text.encode() + SEPARATOR for text in texts), np.uint8)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

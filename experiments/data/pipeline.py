@@ -46,7 +46,7 @@ def training_batches(
             overlapping records, such as `ByteWindows` of stride 1, whose permutation would take memory for nothing.
         augment: `f(batch, bits) -> batch`, where `bits` is uint64 (rows,), a random word for every row that depends
             on the seed and the place in the order; see `experiments.data.augment`.
-        process_index: which rows to give, by default `jax.process_index()`.
+        process_index: which rows to give, by default `jax.process_index()`; ask after `jax.distributed.initialize`.
         process_count: over how many processes a batch is spread, by default `jax.process_count()`.
         threads: how many batches to read at the same time, ahead of use. 0 reads in the caller's thread, the fastest
             for what is in memory; files on disk want a few. The batches and their order do not depend on it.
@@ -96,7 +96,7 @@ def evaluation_batches(
     Args:
         source: records, as for `training_batches`.
         batch_size: rows of the global batch; `process_count` must divide it.
-        process_index: which rows to give, by default `jax.process_index()`.
+        process_index: which rows to give, by default `jax.process_index()`; ask after `jax.distributed.initialize`.
         process_count: over how many processes a batch is spread, by default `jax.process_count()`.
         threads: how many batches to read at the same time, as for `training_batches`.
 
