@@ -1,0 +1,210 @@
+"""Masks as pure functions: how they start, and the one move (prune, drop, grow) that every algorithm is made of."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparsejax.masks.budget import Counts, count_units
+from sparsejax.masks.counts import share_floor, to_ppm
+from sparsejax.masks.paths import map_with_names, named_leaves
+from sparsejax.masks.rules import LeafPlan, resolve
+from sparsejax.masks.select import select_top, select_top_global
+from sparsejax.masks.unstructured import Unstructured
+from sparsejax.topology.algorithm import NEVER, Algorithm
+
+
+def plan_leaves(params, algorithm: Algorithm, rules=None) -> tuple[LeafPlan, ...]:
+    """Resolves which leaves an algorithm makes sparse; starting masks, where given, have the last word.
+
+    Raises:
+        ValueError: as `resolve`; and where a starting mask does not fit its leaf.
+    """
+    if algorithm.masks is None or not named_leaves(params):
+        return resolve(params, rules, algorithm.structure)
+    given = dict(named_leaves(algorithm.masks))
+    never = algorithm.steps == NEVER
+    plan = _resolved_or_dense(params, algorithm, rules, never)
+    shapes = {leaf.path: leaf.shape for leaf in plan}
+    for path, mask in given.items():
+        if path not in shapes:
+            raise ValueError(f"masks has a leaf {path!r} that the parameters lack; they have {sorted(shapes)[:8]}")
+        if mask.dtype != jnp.bool_ or mask.shape != shapes[path]:
+            raise ValueError(f"{path}: the starting mask is {mask.dtype}{mask.shape}; it must be bool{shapes[path]}")
+    merged = []
+    for leaf in plan:
+        if leaf.path not in given:
+            merged.append(LeafPlan(leaf.path, leaf.shape, None, None, None, "dense: no starting mask"))
+        elif leaf.structure is None and not never:
+            raise ValueError(f"{leaf.path}: has a starting mask but is {leaf.reason}; a mask that moves needs a rule")
+        elif leaf.structure is None:
+            merged.append(LeafPlan(leaf.path, leaf.shape, None, Unstructured(), None, "sparse: starting mask"))
+        else:
+            merged.append(leaf)
+    return tuple(merged)
+
+
+def _resolved_or_dense(params, algorithm, rules, never: bool):
+    if never and rules is None:  # masks that stay need no axis roles
+        return tuple(LeafPlan(path, jnp.shape(leaf), None, None, None, "dense") for path, leaf in named_leaves(params))
+    return resolve(params, rules, algorithm.structure)
+
+
+def start_masks(algorithm: Algorithm, plan: tuple[LeafPlan, ...], params, data=None):
+    """The masks before the first step.
+
+    Args:
+        algorithm: says how masks start.
+        plan: what `plan_leaves` returned for `params`.
+        params: the parameter tree. Where its leaves are abstract, magnitudes count as equal.
+        data: the algorithm's memory.
+
+    Returns:
+        A tree like `params` of fresh bool arrays, `optax.MaskedNode()` at dense leaves.
+    """
+    planned = {leaf.path: leaf for leaf in plan}
+    dense = map_with_names(lambda path, p: _full(p) if planned[path].structure else optax.MaskedNode(), params)
+    if algorithm.masks is not None:
+        given = dict(named_leaves(algorithm.masks))
+        return map_with_names(lambda path, mask: jnp.array(given[path]), dense)
+    if algorithm.start is None:
+        return dense
+    values = jax.tree.map(lambda p: jnp.zeros_like(p) if isinstance(p, jax.ShapeDtypeStruct) else p, params)
+    scores = dict(named_leaves(algorithm.start(values, None, dense, random_key(algorithm, 0), data)))
+    counts = count_units(plan, algorithm.start_distribution or algorithm.distribution, algorithm.sparsity_at(0))
+    views = {path: UnitView(planned[path]) for path, _ in named_leaves(dense)}
+    units = {path: view.pool(scores[path]) for path, view in views.items()}
+    chosen = choose_units(views, counts, units, dict.fromkeys(views))
+    return map_with_names(lambda path, mask: views[path].spread(chosen[path]), dense)
+
+
+def move_masks(algorithm: Algorithm, plan: tuple[LeafPlan, ...], params, grads, masks, data, step):
+    """Moves masks once: prune to the step's counts, then drop and grow; see `Algorithm` for the exact order.
+
+    Args:
+        algorithm: the pieces.
+        plan: what `plan_leaves` returned.
+        params: weights, dense ones under the mask for latent algorithms.
+        grads: gradients with respect to the masked weights.
+        masks: the masks until now.
+        data: the algorithm's memory.
+        step: int32 scalar.
+
+    Returns:
+        The new masks, a tree like `masks`. NaN scores rank last: they are pruned first and grown last.
+    """
+    planned = {leaf.path: leaf for leaf in plan}
+    views = {path: UnitView(planned[path]) for path, _ in named_leaves(masks)}
+    counts = count_units(plan, algorithm.distribution, algorithm.sparsity_at(step))
+    key = random_key(algorithm, step)
+    drop_key, grow_key = jax.random.split(key)
+
+    def unit_scores(score, score_key):
+        tree = dict(named_leaves(score(params, grads, masks, score_key, data)))
+        return {path: view.pool(tree[path]) for path, view in views.items()}
+
+    drop = unit_scores(algorithm.drop, drop_key)
+    if algorithm.reselect:
+        moved = choose_units(views, counts, drop, dict.fromkeys(views))
+    else:
+        moved = {path: views[path].active(mask) for path, mask in named_leaves(masks)}
+        if algorithm.grow is None or algorithm.moving:
+            moved = choose_units(views, counts, drop, moved)
+        else:
+            counts = Counts({}, None, ())
+        if algorithm.grow is not None:
+            fraction = to_ppm(algorithm.drop_fraction_at(step))
+            moved = _swap(views, counts, drop, unit_scores(algorithm.grow, grow_key), moved, fraction)
+    return map_with_names(lambda path, mask: views[path].spread(moved[path]), masks)
+
+
+def _swap(views, counts: Counts, drop, grow, active, fraction):
+    swapped = {}
+    for path, view in views.items():
+        nnz = view.count(active[path])
+        kept = view.over_layers(lambda s, n, m: select_top(s, n, where=m))(
+            drop[path], nnz - share_floor(nnz, fraction), active[path]
+        )
+        target = jnp.broadcast_to(jnp.asarray(counts.layers.get(path, nnz), jnp.int32), nnz.shape)
+        swapped[path] = view.over_layers(view.structure.refill)(grow[path], kept, target)
+    if counts.pool:
+        missing = counts.pooled - sum(jnp.sum(swapped[path], dtype=jnp.int32) for path in counts.pool)
+        extra = select_top_global(
+            [grow[path] for path in counts.pool], missing, where=[~swapped[path] for path in counts.pool]
+        )
+        swapped |= {path: swapped[path] | more for path, more in zip(counts.pool, extra, strict=True)}
+    return swapped
+
+
+def choose_units(views, counts: Counts, scores, where):
+    """Keeps the best units of every layer, and of the pool under one threshold.
+
+    Args:
+        views: `{path: UnitView}`.
+        counts: how many.
+        scores: `{path: unit scores}`.
+        where: `{path: bool units or None}`: the candidates.
+
+    Returns:
+        `{path: bool units}`.
+    """
+    chosen = {}
+    for path, count in counts.layers.items():
+        view = views[path]
+        count = jnp.broadcast_to(jnp.asarray(count, jnp.int32), view.batch) if view.batch else count
+        candidates = jnp.ones_like(scores[path], dtype=bool) if where[path] is None and view.batch else where[path]
+        choose = view.over_layers(lambda s, n, m, structure=view.structure: structure.choose(s, n, where=m))
+        chosen[path] = choose(scores[path], count, candidates)
+    if counts.pool:
+        pooled = select_top_global(
+            [scores[path] for path in counts.pool], counts.pooled, where=[where[path] for path in counts.pool]
+        )
+        chosen |= dict(zip(counts.pool, pooled, strict=True))
+    return chosen
+
+
+class UnitView:
+    """A leaf seen as units: arrays `(*batch, *grid)` with one entry for each thing that is kept or pruned whole."""
+
+    def __init__(self, leaf: LeafPlan):
+        self.structure = leaf.structure
+        self.shape = leaf.shape
+        self.roles = leaf.roles
+        self.elementwise = isinstance(leaf.structure, Unstructured)
+        self.batch = leaf.roles.batch_shape(leaf.shape) if leaf.roles else ()
+
+    def over_layers(self, function):
+        """Maps a function of one layer's units over the leaf's batch axes."""
+        for _ in self.batch:
+            function = jax.vmap(function)
+        return function
+
+    def pool(self, scores):
+        """Unit scores of an array of the leaf's shape."""
+        if self.elementwise:
+            return jnp.moveaxis(scores, self.roles.batch_axes, range(len(self.batch))) if self.batch else scores
+        return self.over_layers(self.structure.pool)(self.roles.to_matrix(scores))
+
+    def active(self, mask):
+        """Units of which any element is kept."""
+        return self.pool(mask) if self.elementwise else self.pool(mask.astype(jnp.float32)) > 0
+
+    def spread(self, units):
+        """The mask, of the leaf's shape, of chosen units."""
+        if self.elementwise:
+            return jnp.moveaxis(units, range(len(self.batch)), self.roles.batch_axes) if self.batch else units
+        matrix = self.roles.matrix_shape(self.shape)[-2:]
+        spread = self.over_layers(lambda layer: self.structure.spread(layer, matrix))(units)
+        return self.roles.from_matrix(spread, self.shape)
+
+    def count(self, units):
+        """Active units of each layer, int32 of the leaf's batch shape."""
+        return jnp.sum(units, axis=tuple(range(len(self.batch), units.ndim)), dtype=jnp.int32)
+
+
+def random_key(algorithm: Algorithm, step):
+    """The key of a step: the same on every host, after every resume."""
+    return jax.random.fold_in(jax.random.key(algorithm.seed), step)
+
+
+def _full(p):
+    return jnp.ones_like(p, dtype=bool)

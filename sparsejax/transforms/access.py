@@ -1,0 +1,192 @@
+"""Reading an optimizer state: masks, masked copies, the finished network, a table, a health check."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sparsejax.analysis.summary import Summary, summarize
+from sparsejax.masks.paths import map_with_names, named_leaves
+from sparsejax.transforms.sparsify import SparsifyState
+from sparsejax.transforms.tree import is_masked_node
+
+
+def sparsify_states(opt_state) -> list[SparsifyState]:
+    """Finds the states of `sparsify` inside an optimizer state, whatever wraps them.
+
+    Args:
+        opt_state: an optax state, or an `nnx.Optimizer` (or its `opt_state`).
+
+    Returns:
+        The states, one for each `sparsify` in the optimizer.
+
+    Raises:
+        ValueError: there is none.
+    """
+    opt_state = nnx.as_pure(getattr(opt_state, "opt_state", opt_state))
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda value: isinstance(value, SparsifyState))
+    states = [leaf for leaf in leaves if isinstance(leaf, SparsifyState)]
+    if not states:
+        raise ValueError(
+            "this optimizer state has no sparsify in it: make the optimizer with "
+            "sparsejax.sparsify(optimizer, algorithm) and pass the state that it returned"
+        )
+    return states
+
+
+def masks_of(opt_state):
+    """The masks in an optimizer state.
+
+    Args:
+        opt_state: an optax state that holds one or more `sparsify` states (several under `optax.partition`), or an
+            `nnx.Optimizer`.
+
+    Returns:
+        A tree like the parameters: bool arrays where sparse, `optax.MaskedNode()` where dense.
+
+    Raises:
+        ValueError: there is no `sparsify` in it.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, sparsejax
+        >>> optimizer = sparsejax.sparsify(optax.sgd(0.1), sparsejax.static(0.5))
+        >>> state = optimizer.init({"kernel": jnp.ones((4, 4))})
+        >>> int(masks_of(state)["kernel"].sum())
+        8
+    """
+    merged, *others = [state.masks for state in sparsify_states(opt_state)]
+    for masks in others:
+        merged = jax.tree.map(
+            lambda first, second: second if is_masked_node(first) else first, merged, masks, is_leaf=is_masked_node
+        )
+    return merged
+
+
+def mask_params(params, opt_state):
+    """The parameters with exact zeros off the mask: to start sparse, and for averaged or evaluation copies.
+
+    Args:
+        params: parameters, or any tree with the same leaf names, such as an exponential moving average.
+        opt_state: as in `masks_of`.
+
+    Returns:
+        A tree like `params`.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, sparsejax
+        >>> params = {"kernel": jnp.ones((4, 4))}
+        >>> state = sparsejax.sparsify(optax.sgd(0.1), sparsejax.static(0.5)).init(params)
+        >>> int(jnp.count_nonzero(mask_params(params, state)["kernel"]))
+        8
+    """
+    masks = dict(named_leaves(masks_of(opt_state)))
+    known = {path for path, _ in named_leaves(params)}
+    lost = [path for path in masks if path not in known]
+    if lost:
+        raise ValueError(f"the parameters lack the masked leaves {lost[:5]}; they have {sorted(known)[:5]}")
+    return map_with_names(lambda path, p: jnp.where(masks[path], p, jnp.zeros_like(p)) if path in masks else p, params)
+
+
+def finalize(params, opt_state):
+    """Plain sparse parameters for deployment: exact zeros off the mask, nothing of the training stack left.
+
+    Args:
+        params: trained parameters.
+        opt_state: as in `masks_of`.
+
+    Returns:
+        A tree like `params`.
+
+    Raises:
+        ValueError: the parameters leak, see `check`; or pruned weights have not finished fading out (`mdgf`).
+    """
+    check(params, opt_state)
+    for state in sparsify_states(opt_state):
+        softness = float(state.data.get("softness", 0.0))
+        if softness > 0:
+            raise ValueError(
+                f"pruned weights still show with a factor of {softness:.3g}; train until the fading has reached 0"
+            )
+    return mask_params(params, opt_state)
+
+
+class Health(NamedTuple):
+    """What `check` measured.
+
+    Attributes:
+        steps: updates so far, the largest over all `sparsify` states.
+        nnz: kept elements.
+        leaks: leaks counted whenever masks moved.
+    """
+
+    steps: int
+    nnz: int
+    leaks: int
+
+
+def check(params, opt_state) -> Health:
+    """Verifies parameters against their masks, outside of jit; for tests, and before saving.
+
+    Args:
+        params: the parameters after an update.
+        opt_state: the state after the same update, as in `masks_of`.
+
+    Returns:
+        The `Health`.
+
+    Raises:
+        ValueError: naming the leaf, where a weight off the mask is not exactly zero, where a parameter is not finite,
+            or where a mask no longer has the count that it was given; and where leaks were counted during training.
+    """
+    leaves = dict(named_leaves(nnx.as_pure(params)))
+    states = sparsify_states(opt_state)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves.values()):
+        raise ValueError("check looks at values; call it outside of jit")
+    nnz = 0
+    for state in states:
+        started = int(state.mask_step) > 0
+        soft = float(state.data.get("softness", 0.0)) > 0
+        for (path, mask), target in zip(named_leaves(state.masks), state.targets.tolist(), strict=True):
+            p = leaves[path]
+            kept = int(jnp.sum(mask))
+            nnz += kept
+            if not bool(jnp.all(jnp.isfinite(p))):
+                raise ValueError(
+                    f"{path}: {int(jnp.sum(~jnp.isfinite(p)))} values are not finite; masks cannot mend them. Wrap the "
+                    "optimizer, optax.apply_if_finite(sparsify(...), n), or restore an earlier checkpoint"
+                )
+            off = int(jnp.sum((p != 0) & ~mask))
+            if off and started and not soft:
+                raise ValueError(
+                    f"{path}: {off} of {mask.size - kept} pruned weights are not zero; something changes updates "
+                    "after sparsify, or parameters between updates. Put it inside: sparsify(optax.chain(...), algorithm)"
+                )
+            if kept != target:
+                raise ValueError(
+                    f"{path}: the mask keeps {kept} elements, but was given {target}: the state is damaged"
+                )
+        if int(state.leaks):
+            raise ValueError(
+                f"{int(state.leaks)} non-zero pruned weights were seen when masks moved; something changes updates after "
+                "sparsify. Put it inside: sparsify(optax.chain(...), algorithm)"
+            )
+    return Health(max(int(s.mask_step) for s in states), nnz, sum(int(s.leaks) for s in states))
+
+
+def summary(params, opt_state, *, flops=None) -> Summary:
+    """A table of every leaf: target and actual sparsity, non-zeros, FLOPs, simulated or accelerated.
+
+    Args:
+        params: the parameters.
+        opt_state: as in `masks_of`.
+        flops: what `analysis.layer_flops` returned for the model; without it the FLOPs column is left out.
+
+    Returns:
+        A `Summary`; print it.
+    """
+    masks = masks_of(opt_state)
+    targets = {}
+    for state in sparsify_states(opt_state):
+        targets |= dict(zip([path for path, _ in named_leaves(state.masks)], state.targets.tolist(), strict=True))
+    return summarize(nnx.as_pure(params), masks, targets=targets, flops=flops)

@@ -1,0 +1,164 @@
+"""`sparsify`: any optax optimizer trains a sparse network, by one wrapper around it."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparsejax.topology.algorithm import NEVER, Algorithm
+from sparsejax.topology.engine import move_masks, plan_leaves, start_masks
+from sparsejax.transforms.latent import init_latent, update_latent
+from sparsejax.transforms.tree import check_trees, count_leaks, count_nnz, map_sparse, reset_moments
+
+
+class SparsifyState(NamedTuple):
+    """The state of `sparsify`. Read it with `masks_of`, `summary` and `check`.
+
+    Attributes:
+        mask_step: number of updates so far, int32.
+        masks: tree like the parameters: bool where sparse, `optax.MaskedNode()` where dense.
+        inner_state: the state of the wrapped optimizer.
+        latent: the dense weights under the mask of latent algorithms, else None.
+        data: the algorithm's memory, backward masks and softness, where it has them.
+        leaks: number of non-zero or non-finite weights found off the mask, counted whenever masks move, int32.
+        targets: kept elements of each sparse leaf since masks last moved, int32, in the order of the tree.
+    """
+
+    mask_step: jax.Array
+    masks: Any
+    inner_state: Any
+    latent: Any
+    data: dict
+    leaks: jax.Array
+    targets: jax.Array
+
+
+def sparsify(
+    inner: optax.GradientTransformation, algorithm: Algorithm, *, rules=None
+) -> optax.GradientTransformationExtraArgs:
+    r"""Makes an optimizer train a sparse network; nothing else in the training loop changes.
+
+    The wrapper sees raw gradients, moves the masks when the algorithm says so, hands the gradients that the algorithm
+    lets through to `inner`, and returns updates for which :math:`p + u` is exactly masked:
+
+    .. math:: u_i = \begin{cases} u^{inner}_i & m_i = 1 \\ -p_i & m_i = 0 \end{cases}
+
+    so that a pruned weight ends as exactly 0, whatever the optimizer, its weight decay or its momentum, and an update
+    never has a dtype narrower than its parameter. Nothing that changes values may stand outside of `sparsify`: put
+    clipping, weight decay and scaling inside, `sparsify(optax.chain(clip, adamw), algorithm)`. Wrappers that gate whole
+    steps may stand outside: `optax.MultiSteps`, `apply_if_finite`, `partition`, `inject_hyperparams`.
+
+    Elements of `inner` get the masks as `masks=` among the extra arguments. Moments of weights that have just grown are
+    set to 0. Masks move before the step that they move at: a weight grown at a step already takes that step, unless the
+    algorithm replaces the step. For algorithms that start sparse, the parameters are dense until the first update has
+    been applied; call `mask_params` before training to start exactly sparse.
+
+    Args:
+        inner: the optimizer.
+        algorithm: what `rigl(...)`, `gradual(...)`, `static(...)` and the like return.
+        rules: which leaves, in which structure, how much: a mapping from globs over names such as `blocks/0/kernel` to
+            `None` (dense), a sparsity, a structure, `Roles` or a `Rule`; later ones win. None takes the defaults for
+            Flax names; use `equinox_rules` for weights laid out out x in.
+
+    Returns:
+        An optax transformation. Its `update` needs `params`.
+
+    Raises:
+        ValueError: at `init` or `update`, naming the leaf, where rules, structures or trees do not fit.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, sparsejax
+        >>> params = {"dense": {"kernel": jax.random.normal(jax.random.key(0), (8, 8)), "bias": jnp.zeros(8)}}
+        >>> optimizer = sparsejax.sparsify(optax.adam(1e-2), sparsejax.magnitude(0.75))
+        >>> state = optimizer.init(params)
+        >>> grads = jax.tree.map(jnp.ones_like, params)
+        >>> updates, state = optimizer.update(grads, state, params)
+        >>> int(jnp.count_nonzero(optax.apply_updates(params, updates)["dense"]["kernel"]))
+        16
+    """
+    if not isinstance(algorithm, Algorithm):
+        raise TypeError(f"sparsify needs an algorithm such as sparsejax.rigl(0.9), not {algorithm!r}")
+    if algorithm.gradient is not None:
+        inner = optax.chain(algorithm.gradient, inner)
+    inner = optax.with_extra_args_support(inner)
+    moves = algorithm.steps != NEVER
+
+    def init(params):
+        plan = plan_leaves(params, algorithm, rules)
+        if algorithm.latent:
+            masks, latent, data = init_latent(algorithm, rules, plan, params)
+        else:
+            data = {} if algorithm.memory is None else {"memory": algorithm.memory.init(params)}
+            masks, latent = start_masks(algorithm, plan, params, data.get("memory")), None
+        return SparsifyState(
+            mask_step=jnp.zeros([], jnp.int32),
+            masks=masks,
+            inner_state=inner.init(params),
+            latent=latent,
+            data=data,
+            leaks=jnp.zeros([], jnp.int32),
+            targets=count_nnz(masks),
+        )
+
+    def update(updates, state, params=None, **extra):
+        if params is None:
+            raise ValueError("sparsify needs the current parameters: call update(updates, state, params)")
+        check_trees(updates, state.masks, params)
+        plan = plan_leaves(params, algorithm, rules)
+        if algorithm.latent:
+            updates, masks, inner_state, latent, data, leaks = update_latent(
+                algorithm, rules, plan, inner, updates, state, params, extra
+            )
+            targets = count_nnz(masks)
+        else:
+            latent, data = None, dict(state.data)
+            if algorithm.memory is not None:
+                data["memory"] = algorithm.memory.update(data["memory"], params, updates, state.masks, state.mask_step)
+            masks, inner_state, leaks, targets = state.masks, state.inner_state, jnp.zeros([], jnp.int32), state.targets
+            due = algorithm.steps.due(state.mask_step)
+            if moves:
+                masks, leaks, targets = _move(algorithm, plan, params, updates, state, data.get("memory"), due)
+                inner_state = reset_moments(inner, inner_state, _to_reset(algorithm, state.masks, masks))
+            updates, inner_state = _step(algorithm, inner, updates, inner_state, params, masks, due, extra)
+        return updates, SparsifyState(
+            mask_step=optax.safe_increment(state.mask_step),
+            masks=masks,
+            inner_state=inner_state,
+            latent=latent,
+            data=data,
+            leaks=state.leaks + leaks,
+            targets=targets,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _move(algorithm, plan, params, grads, state, memory, due):
+    """Moves masks where it is time. Only masks go through the condition, so that no weight is copied on other steps."""
+
+    def move():
+        masks = move_masks(algorithm, plan, params, grads, state.masks, memory, state.mask_step)
+        leaks = jnp.where(state.mask_step > 0, count_leaks(params, state.masks), 0)
+        return masks, leaks, count_nnz(masks)
+
+    def stay():
+        return state.masks, jnp.zeros([], jnp.int32), state.targets
+
+    return jax.lax.cond(due, move, stay)
+
+
+def _to_reset(algorithm, before, after):
+    grown = jax.tree.map(lambda old, new: new & ~old, before, after)
+    return jax.tree.map(lambda new: new | jnp.any(new), grown) if algorithm.reset_all else grown
+
+
+def _step(algorithm, inner, grads, inner_state, params, masks, due, extra):
+    if algorithm.gradient is None:
+        grads = map_sparse(lambda m, g: jnp.where(m, g, jnp.zeros_like(g)), masks, grads)
+    updates, stepped = inner.update(grads, inner_state, params, **{**extra, "masks": masks})
+    if algorithm.replaces_step:
+        updates = jax.tree.map(lambda u: jnp.where(due, jnp.zeros_like(u), u), updates)
+        stepped = jax.tree.map(lambda old, new: jnp.where(due, old, new), inner_state, stepped)
+    # -p is not cast: in the wider of the two dtypes p + (-p) is exactly 0.
+    return map_sparse(lambda m, u, p: jnp.where(m, u, -p), masks, updates, params), stepped

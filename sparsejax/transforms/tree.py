@@ -1,0 +1,94 @@
+"""Small maps over a tree of masks and the trees that go with it."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparsejax.masks.paths import named_leaves
+
+
+def is_masked_node(value) -> bool:
+    """Whether a mask tree says "dense" here."""
+    return isinstance(value, optax.MaskedNode)
+
+
+def map_sparse(function, masks, *trees, dense=lambda *leaves: leaves[0]):
+    """Maps `function(mask, *leaves)` over sparse leaves, `dense(*leaves)` over the others.
+
+    Args:
+        function: for leaves that have a mask.
+        masks: the mask tree.
+        *trees: trees of the same structure.
+        dense: for leaves that have none; returns the first tree's by default.
+
+    Returns:
+        A tree like `masks`.
+    """
+    return jax.tree.map(
+        lambda mask, *leaves: dense(*leaves) if is_masked_node(mask) else function(mask, *leaves),
+        masks,
+        *trees,
+        is_leaf=is_masked_node,
+    )
+
+
+def no_leaf(*_):
+    """For `map_sparse(dense=...)`: the result has no leaf where the mask tree has none."""
+    return optax.MaskedNode()
+
+
+def mask_leaves(masks) -> list:
+    """The masks of the sparse leaves, in the order of the tree."""
+    return [mask for _, mask in named_leaves(masks)]
+
+
+def count_nnz(masks) -> jax.Array:
+    """Kept elements of each sparse leaf: int32 array, in the order of the tree."""
+    counts = [jnp.sum(mask, dtype=jnp.int32) for mask in mask_leaves(masks)]
+    return jnp.stack(counts) if counts else jnp.zeros([0], jnp.int32)
+
+
+def count_leaks(params, masks) -> jax.Array:
+    """Elements off the mask that are not exactly zero (NaN included), over all sparse leaves: int32 scalar."""
+    found = map_sparse(lambda m, p: jnp.sum((p != 0) & ~m, dtype=jnp.int32), masks, params, dense=no_leaf)
+    return sum(jax.tree.leaves(found), jnp.zeros([], jnp.int32))
+
+
+def reset_moments(optimizer, state, where):
+    """Zeroes every part of an optimizer's state that is shaped like a parameter, where `where` is True.
+
+    Args:
+        optimizer: the transformation that `state` belongs to.
+        state: its state.
+        where: tree like the parameters, bool arrays, `optax.MaskedNode` where nothing is reset.
+
+    Returns:
+        The state, of the same structure. Parts of other shapes, such as factored moments, stay.
+    """
+
+    def zero(moment, chosen):
+        if is_masked_node(moment) or is_masked_node(chosen) or jnp.shape(moment) != chosen.shape:
+            return moment
+        return jnp.where(chosen, jnp.zeros_like(moment), moment)
+
+    return optax.tree.map_params(optimizer, zero, state, where, is_leaf=is_masked_node)
+
+
+def check_trees(grads, masks, params) -> None:
+    """Raises `ValueError` naming the leaves in which gradients, masks and parameters do not match."""
+    shapes = {path: jnp.shape(leaf) for path, leaf in named_leaves(params)}
+    for name, tree in (("gradients", grads), ("masks in the optimizer state", masks)):
+        found = {path: jnp.shape(leaf) for path, leaf in named_leaves(tree)}
+        extra = [path for path in found if path not in shapes]
+        if extra:
+            raise ValueError(
+                f"the {name} have leaves that the parameters lack: {extra[:5]}; the parameters have "
+                f"{list(shapes)[:5]}. Initialise the optimizer with the parameters that it updates"
+            )
+        for path, shape in found.items():
+            if shape != shapes[path]:
+                raise ValueError(f"{path}: the {name} have shape {shape}, the parameter has {shapes[path]}")
+    masked = {path for path, _ in named_leaves(masks)}
+    missing = [path for path in shapes if path in masked and path not in {p for p, _ in named_leaves(grads)}]
+    if missing:
+        raise ValueError(f"no gradients for the sparse leaves {missing[:5]}; leave them dense, rules={{path: None}}")
