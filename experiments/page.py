@@ -64,8 +64,7 @@ def headline(rows: list[Row]) -> str:
         return (
             "No sparse method has ended yet." if dense is None else f"The dense network reached {quality(dense)}{unit}."
         )
-    kept = f"kept {best.nnz:,} of {best.size:,} prunable weights ({_density(best)}) and " if best.size and best.nnz else ""
-    text = f"The best sparse method, {best.method}, {kept}reached {quality(best)}{unit}"
+    text = f"The best sparse method, {best.method}, {_kept(best)}reached {quality(best)}{unit}"
     if dense is None:
         return text + "."
     worse = (dense.mean - best.mean) * (1 if HIGHER_IS_BETTER[best.metric] else -1)
@@ -73,8 +72,11 @@ def headline(rows: list[Row]) -> str:
     return f"{text}, {gap} {'worse' if worse > 0 else 'better'} than the dense network’s {quality(dense)}."
 
 
-def _density(row: Row) -> str:
-    return f"{100 * row.nnz / row.size:.3g}\N{NO-BREAK SPACE}%"
+def _kept(row: Row) -> str:
+    if not row.nnz or not row.size:
+        return ""
+    share = f"{100 * row.nnz / row.size:.3g}\N{NO-BREAK SPACE}%"
+    return f"kept {row.nnz:,} of {row.size:,} prunable weights ({share}) and "
 
 
 def inline_svg(figure, name: str) -> str:

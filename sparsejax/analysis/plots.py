@@ -80,8 +80,9 @@ def plot_churn(curves: Curves, *, title: str = ""):
         ValueError: when no method has a value.
 
     Example:
-        >>> plot_churn({"set": [([100, 200], [0.3, 0.2])]}).axes[0].get_ylim()[0]
-        0.0
+        >>> figure = plot_churn({"set": [([100, 200], [0.3, 0.2])]})
+        >>> figure.axes[0].get_xlabel()
+        'training step'
     """
     figure = plot_metric(curves, ylabel="kept weights dropped since the last record (%)", title=title, percent=True)
     [axes] = figure.axes

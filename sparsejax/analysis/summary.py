@@ -137,8 +137,7 @@ def summarize(
     Args:
         params: the parameters, any pytree of arrays or `jax.ShapeDtypeStruct`; only shapes are read.
         masks: bool masks of the same structure with `optax.MaskedNode()` at dense leaves; None for a dense model.
-        targets: `{path: count to keep}`, or `{path[0]: ..., path[1]: ...}` for layers stacked in one leaf; leaves
-            without one show no target.
+        targets: `{path: count to keep}`; leaves without one show no target.
         flops: dense forward FLOPs from `layer_flops`; adds the FLOPs column and total.
         structures: `{path: structure}` (or its name); printed shortly, `NM(2, 4)`.
         execution: `{path: "simulated" | "accelerated" | "dense"}` where it is not the default, which is `simulated`
@@ -177,13 +176,12 @@ def summarize(
 
     def row(path, leaf):
         size = math.prod(leaf.shape)
-        target = _target_count(targets, path) if path in counts and size else None
         nnz = counts[path].nnz if path in counts else size
         return Row(
             path=path,
             shape=tuple(leaf.shape),
             structure=_name(structures[path]) if path in counts and path in structures else "-",
-            target=None if target is None else 1 - target / size,
+            target=1 - int(targets[path]) / size if size and path in counts and path in targets else None,
             sparsity=1 - nnz / size if size else 0.0,
             nnz=nnz,
             size=size,
@@ -216,9 +214,3 @@ def _name(structure) -> str:
         return str(structure)
     values = [repr(getattr(structure, f.name)) for f in fields(structure) if getattr(structure, f.name) != f.default]
     return type(structure).__name__ + (f"({', '.join(values)})" if values else "")
-
-
-def _target_count(targets: Mapping[str, int], path: str) -> int | None:
-    """Kept weights asked for in a leaf: its own entry, or those of the layers stacked in it, `path[0]`, `path[1]`..."""
-    counts = [int(count) for name, count in targets.items() if name == path or name.startswith(path + "[")]
-    return sum(counts) if counts else None

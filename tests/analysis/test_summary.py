@@ -61,12 +61,6 @@ def test_rows_and_totals():
     assert "simulated: dense compute on zeros" in str(table)
 
 
-def test_targets_of_layers_stacked_in_one_leaf_are_added():
-    masks = {"stack": jnp.arange(24).reshape(2, 3, 4) < 6}
-    table = summarize({"stack": jnp.zeros((2, 3, 4))}, masks, targets={"stack[0]": 4, "stack[1]": 2, "stack2": 1})
-    assert table.rows[0].target == 0.75
-
-
 def test_accelerated_layers_are_named_so():
     table = summarize(PARAMS, MASKS, execution={"hidden/kernel": "accelerated"})
     assert "a kernel skips the zeros" in str(table)

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from sparsejax.analysis.gradient_flow import gradient_flow
+from sparsejax.analysis.flow import gradient_flow
 
 RNG = np.random.default_rng(0)
 GRADS = {"a": {"kernel": RNG.normal(size=(5, 7)), "bias": RNG.normal(size=7)}, "b": [RNG.normal(size=(7, 3))]}
