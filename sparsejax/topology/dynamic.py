@@ -160,8 +160,9 @@ def rigl(
 ) -> Algorithm:
     """RigL: drop by magnitude, grow where the gradient is largest (Evci et al. 2020, arXiv:1911.11134, algorithm 1).
 
-    On an update step the swap replaces the optimizer's step: no weight is trained and the optimizer's state stays as
-    it is, apart from the moments of grown weights, which are set to 0. The paper stops at three quarters of training.
+    On an update step the swap replaces the optimizer's step: no weight is trained. The optimizer is given zero
+    gradients, so that learning-rate schedules keep in step with the loop; moments of grown weights are 0 afterwards.
+    The paper stops at three quarters of training.
 
     Args:
         sparsity: fraction of zeros, in [0, 1).

@@ -118,14 +118,16 @@ def move_masks(algorithm: Algorithm, plan: tuple[LeafPlan, ...], params, grads, 
 
 
 def _swap(views, counts: Counts, drop, grow, active, fraction):
-    swapped = {}
+    swapped, done = {}, jnp.zeros([], jnp.int32)
     for path, view in views.items():
         nnz = view.count(active[path])
         kept = view.over_layers(lambda s, n, m: select_top(s, n, where=m))(
-            drop[path], nnz - share_floor(nnz, fraction), active[path]
+            _after(done, drop[path]), nnz - share_floor(nnz, fraction), active[path]
         )
         target = jnp.broadcast_to(jnp.asarray(counts.layers.get(path, nnz), jnp.int32), nnz.shape)
-        swapped[path] = view.over_layers(view.structure.refill)(grow[path], kept, target)
+        done = jnp.sum(view.count(kept))
+        swapped[path] = view.over_layers(view.structure.refill)(_after(done, grow[path]), kept, target)
+        done = jnp.sum(view.count(swapped[path]))
     if counts.pool:
         missing = counts.pooled - sum(jnp.sum(swapped[path], dtype=jnp.int32) for path in counts.pool)
         extra = select_top_global(
@@ -147,19 +149,25 @@ def choose_units(views, counts: Counts, scores, where):
     Returns:
         `{path: bool units}`.
     """
-    chosen = {}
+    chosen, done = {}, jnp.zeros([], jnp.int32)
     for path, count in counts.layers.items():
         view = views[path]
         count = jnp.broadcast_to(jnp.asarray(count, jnp.int32), view.batch) if view.batch else count
         candidates = jnp.ones_like(scores[path], dtype=bool) if where[path] is None and view.batch else where[path]
         choose = view.over_layers(lambda s, n, m, structure=view.structure: structure.choose(s, n, where=m))
-        chosen[path] = choose(scores[path], count, candidates)
+        chosen[path] = choose(_after(done, scores[path]), count, candidates)
+        done = jnp.sum(view.count(chosen[path]))
     if counts.pool:
         pooled = select_top_global(
             [scores[path] for path in counts.pool], counts.pooled, where=[where[path] for path in counts.pool]
         )
         chosen |= dict(zip(counts.pool, pooled, strict=True))
     return chosen
+
+
+def _after(done, scores):
+    """The scores, computed only after `done`, a count: so the working memory of one leaf is free before the next's."""
+    return jnp.where(done >= 0, scores, jnp.zeros_like(scores))
 
 
 class UnitView:

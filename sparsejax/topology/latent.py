@@ -221,7 +221,7 @@ def top_kast(
     """
     if backward_sparsity > sparsity:
         raise ValueError(
-            f"backward_sparsity={backward_sparsity} exceeds sparsity={sparsity}; the trained set must contain the seen one"
+            f"backward_sparsity={backward_sparsity} exceeds sparsity={sparsity}; what is seen must be trained"
         )
     density = 1 - sparsity
 

@@ -160,7 +160,8 @@ def check(params, opt_state) -> Health:
             if off and started and not soft:
                 raise ValueError(
                     f"{path}: {off} of {mask.size - kept} pruned weights are not zero; something changes updates "
-                    "after sparsify, or parameters between updates. Put it inside: sparsify(optax.chain(...), algorithm)"
+                    "after sparsify, or parameters between updates. Put it inside: "
+                    "sparsify(optax.chain(...), algorithm)"
                 )
             if kept != target:
                 raise ValueError(
@@ -168,8 +169,8 @@ def check(params, opt_state) -> Health:
                 )
         if int(state.leaks):
             raise ValueError(
-                f"{int(state.leaks)} non-zero pruned weights were seen when masks moved; something changes updates after "
-                "sparsify. Put it inside: sparsify(optax.chain(...), algorithm)"
+                f"{int(state.leaks)} non-zero pruned weights were seen when masks moved; something changes updates "
+                "after sparsify. Put it inside: sparsify(optax.chain(...), algorithm)"
             )
     return Health(max(int(s.mask_step) for s in states), nnz, sum(int(s.leaks) for s in states))
 

@@ -9,7 +9,7 @@ import optax
 from sparsejax.masks.rules import resolve
 from sparsejax.topology.algorithm import Algorithm
 from sparsejax.topology.engine import move_masks, start_masks
-from sparsejax.transforms.tree import count_leaks, map_sparse, no_leaf
+from sparsejax.transforms.tree import count_leaks, map_sparse, no_leaf, run_if
 
 
 def merge_latent(params, latent):
@@ -71,7 +71,7 @@ def update_latent(algorithm: Algorithm, rules, plan, inner, grads, state, params
     if algorithm.steps.every == 1 and algorithm.steps.begin <= 1 and algorithm.steps.end is None:
         masks, trainable, leaks = move()
     else:
-        masks, trainable, leaks = jax.lax.cond(algorithm.steps.due(step), move, stay)
+        masks, trainable, leaks = run_if(algorithm.steps.due(step), move, stay)
     if trainable is not None:
         data["trainable"] = trainable
     softness = None
@@ -114,7 +114,8 @@ def _choose(algorithm: Algorithm, rules, plan, dense, grads, masks, memory, step
         return lambda: move_masks(staged, staged_plan, dense, grads, masks, memory, step)
 
     stage = sum((step >= first).astype(jnp.int32) for first, _ in algorithm.stages[1:])
-    return jax.lax.switch(stage, [choose_at(index) for index in range(len(algorithm.stages))])
+    branches = [choose_at(index) for index in range(len(algorithm.stages))]
+    return jax.lax.switch(stage, branches) if isinstance(stage, jax.core.Tracer) else branches[int(stage)]()
 
 
 def _copy(p):

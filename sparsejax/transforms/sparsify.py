@@ -9,7 +9,7 @@ import optax
 from sparsejax.topology.algorithm import NEVER, Algorithm
 from sparsejax.topology.engine import move_masks, plan_leaves, start_masks
 from sparsejax.transforms.latent import init_latent, update_latent
-from sparsejax.transforms.tree import check_trees, count_leaks, count_nnz, map_sparse, reset_moments
+from sparsejax.transforms.tree import check_trees, count_leaks, count_nnz, keep_moments, map_sparse, run_if
 
 
 class SparsifyState(NamedTuple):
@@ -49,10 +49,12 @@ def sparsify(
     clipping, weight decay and scaling inside, `sparsify(optax.chain(clip, adamw), algorithm)`. Wrappers that gate whole
     steps may stand outside: `optax.MultiSteps`, `apply_if_finite`, `partition`, `inject_hyperparams`.
 
-    Elements of `inner` get the masks as `masks=` among the extra arguments. Moments of weights that have just grown are
-    set to 0. Masks move before the step that they move at: a weight grown at a step already takes that step, unless the
-    algorithm replaces the step. For algorithms that start sparse, the parameters are dense until the first update has
-    been applied; call `mask_params` before training to start exactly sparse.
+    Elements of `inner` get the masks as `masks=` among the extra arguments. Moments of pruned weights are 0, so that a
+    weight that grows starts from 0 with zero moments. Masks move before the step that they move at: a weight grown at a
+    step already takes that step, unless the algorithm replaces the step; then `inner` gets zero gradients, so that its
+    counters and schedules keep in step with the loop, and no weight moves. For algorithms that start sparse, the
+    parameters are dense until the first update has been applied; call `mask_params` before training to start exactly
+    sparse.
 
     Args:
         inner: the optimizer.
@@ -91,10 +93,13 @@ def sparsify(
         else:
             data = {} if algorithm.memory is None else {"memory": algorithm.memory.init(params)}
             masks, latent = start_masks(algorithm, plan, params, data.get("memory")), None
+        inner_state = inner.init(params)
+        if moves and not algorithm.latent and not _abstract(params):
+            inner_state = keep_moments(inner, inner_state, masks)
         return SparsifyState(
             mask_step=jnp.zeros([], jnp.int32),
             masks=masks,
-            inner_state=inner.init(params),
+            inner_state=inner_state,
             latent=latent,
             data=data,
             leaks=jnp.zeros([], jnp.int32),
@@ -115,12 +120,11 @@ def sparsify(
             latent, data = None, dict(state.data)
             if algorithm.memory is not None:
                 data["memory"] = algorithm.memory.update(data["memory"], params, updates, state.masks, state.mask_step)
-            masks, inner_state, leaks, targets = state.masks, state.inner_state, jnp.zeros([], jnp.int32), state.targets
-            due = algorithm.steps.due(state.mask_step)
+            masks, leaks, targets, due, grew = state.masks, jnp.zeros([], jnp.int32), state.targets, False, None
             if moves:
-                masks, leaks, targets = _move(algorithm, plan, params, updates, state, data.get("memory"), due)
-                inner_state = reset_moments(inner, inner_state, _to_reset(algorithm, state.masks, masks))
-            updates, inner_state = _step(algorithm, inner, updates, inner_state, params, masks, due, extra)
+                due = algorithm.steps.due(state.mask_step)
+                masks, leaks, targets, grew = _move(algorithm, plan, params, updates, state, data.get("memory"), due)
+            updates, inner_state = _step(algorithm, inner, updates, state.inner_state, params, masks, due, grew, extra)
         return updates, SparsifyState(
             mask_step=optax.safe_increment(state.mask_step),
             masks=masks,
@@ -134,31 +138,62 @@ def sparsify(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _abstract(params) -> bool:
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
+
+
 def _move(algorithm, plan, params, grads, state, memory, due):
     """Moves masks where it is time. Only masks go through the condition, so that no weight is copied on other steps."""
 
     def move():
-        masks = move_masks(algorithm, plan, params, grads, state.masks, memory, state.mask_step)
         leaks = jnp.where(state.mask_step > 0, count_leaks(params, state.masks), 0)
-        return masks, leaks, count_nnz(masks)
+        masks = move_masks(algorithm, plan, params, grads, state.masks, memory, state.mask_step)
+        grew = None
+        if algorithm.reset_all:
+            grew = jax.tree.map(lambda old, new: jnp.any(new & ~old), state.masks, masks)
+        # Nothing reads the old masks any more once the new ones are made, so that these can take their place in memory.
+        masks = jax.tree.map(lambda mask: mask & (leaks >= 0), masks)
+        return masks, leaks, count_nnz(masks), grew
 
     def stay():
-        return state.masks, jnp.zeros([], jnp.int32), state.targets
+        grew = jax.tree.map(lambda mask: jnp.zeros([], bool), state.masks) if algorithm.reset_all else None
+        return state.masks, jnp.zeros([], jnp.int32), state.targets, grew
 
-    return jax.lax.cond(due, move, stay)
-
-
-def _to_reset(algorithm, before, after):
-    grown = jax.tree.map(lambda old, new: new & ~old, before, after)
-    return jax.tree.map(lambda new: new | jnp.any(new), grown) if algorithm.reset_all else grown
+    return run_if(due, move, stay)
 
 
-def _step(algorithm, inner, grads, inner_state, params, masks, due, extra):
+def _step(algorithm, inner, grads, inner_state, params, masks, due, grew, extra):
+    """The inner optimizer's step under the new masks.
+
+    Off the mask moments are zero, because no gradient reaches them and they are zeroed once a weight is dropped; so a
+    weight that grows finds zero moments. Where a swap replaces the step, `inner` gets zero gradients and its update is
+    not used: to leave its state out of the step altogether would cost a copy of it at every step.
+    """
+    kept = masks
+    if algorithm.reset_all:
+        kept = jax.tree.map(lambda mask, any_grew: mask & ~any_grew, masks, grew)
+    inner_state = _keep_when(due, inner, inner_state, kept)
     if algorithm.gradient is None:
         grads = map_sparse(lambda m, g: jnp.where(m, g, jnp.zeros_like(g)), masks, grads)
-    updates, stepped = inner.update(grads, inner_state, params, **{**extra, "masks": masks})
+    if algorithm.replaces_step:
+        grads = jax.tree.map(lambda g: jnp.where(due, jnp.zeros_like(g), g), grads)
+    updates, inner_state = inner.update(grads, inner_state, params, **{**extra, "masks": masks})
     if algorithm.replaces_step:
         updates = jax.tree.map(lambda u: jnp.where(due, jnp.zeros_like(u), u), updates)
-        stepped = jax.tree.map(lambda old, new: jnp.where(due, old, new), inner_state, stepped)
     # -p is not cast: in the wider of the two dtypes p + (-p) is exactly 0.
-    return map_sparse(lambda m, u, p: jnp.where(m, u, -p), masks, updates, params), stepped
+    return map_sparse(lambda m, u, p: jnp.where(m, u, -p), masks, updates, params), inner_state
+
+
+def _keep_when(due, inner, inner_state, keep):
+    """Zeroes the moments off `keep`, in place, only at update steps.
+
+    A loop of one trip or none: a condition would copy the moments at every step, and a `where` at every step makes the
+    compiler keep a second copy of them.
+    """
+
+    def zero(carry):
+        return False, keep_moments(inner, carry[1], keep)
+
+    if not isinstance(due, jax.core.Tracer):
+        return zero((due, inner_state))[1] if due else inner_state
+    return jax.lax.while_loop(lambda carry: carry[0], zero, (due, inner_state))[1]

@@ -32,6 +32,22 @@ def map_sparse(function, masks, *trees, dense=lambda *leaves: leaves[0]):
     )
 
 
+def run_if(due, then, otherwise):
+    """`jax.lax.cond`, without compiling anything where `due` is already known.
+
+    Args:
+        due: a bool, or a bool scalar, traced or not.
+        then: function without arguments.
+        otherwise: function without arguments, of the same result types.
+
+    Returns:
+        The result of one of them.
+    """
+    if isinstance(due, jax.core.Tracer):
+        return jax.lax.cond(due, then, otherwise)
+    return then() if due else otherwise()
+
+
 def no_leaf(*_):
     """For `map_sparse(dense=...)`: the result has no leaf where the mask tree has none."""
     return optax.MaskedNode()
@@ -54,24 +70,26 @@ def count_leaks(params, masks) -> jax.Array:
     return sum(jax.tree.leaves(found), jnp.zeros([], jnp.int32))
 
 
-def reset_moments(optimizer, state, where):
-    """Zeroes every part of an optimizer's state that is shaped like a parameter, where `where` is True.
+def keep_moments(optimizer, state, keep):
+    """Zeroes every part of an optimizer's state that is shaped like a parameter, where `keep` is False.
 
     Args:
         optimizer: the transformation that `state` belongs to.
         state: its state.
-        where: tree like the parameters, bool arrays, `optax.MaskedNode` where nothing is reset.
+        keep: tree like the parameters, bool arrays, `optax.MaskedNode` where everything is kept.
 
     Returns:
         The state, of the same structure. Parts of other shapes, such as factored moments, stay.
     """
+    if not jax.tree.leaves(keep):
+        return state
 
-    def zero(moment, chosen):
-        if is_masked_node(moment) or is_masked_node(chosen) or jnp.shape(moment) != chosen.shape:
+    def zero(moment, kept):
+        if is_masked_node(moment) or is_masked_node(kept) or jnp.shape(moment) != kept.shape:
             return moment
-        return jnp.where(chosen, jnp.zeros_like(moment), moment)
+        return jnp.where(kept, moment, jnp.zeros_like(moment))
 
-    return optax.tree.map_params(optimizer, zero, state, where, is_leaf=is_masked_node)
+    return optax.tree.map_params(optimizer, zero, state, keep, is_leaf=is_masked_node)
 
 
 def check_trees(grads, masks, params) -> None:
