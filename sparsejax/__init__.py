@@ -51,6 +51,8 @@ from sparsejax.topology.magnitude import magnitude as magnitude
 from sparsejax.topology.magnitude import random as random
 from sparsejax.topology.magnitude import saliency as saliency
 from sparsejax.topology.movement import movement as movement
+from sparsejax.topology.plan import Plan as Plan
+from sparsejax.topology.plan import plan as plan
 from sparsejax.transforms.access import check as check
 from sparsejax.transforms.access import finalize as finalize
 from sparsejax.transforms.access import mask_params as mask_params

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -46,11 +47,11 @@ def count_units(plan: tuple[LeafPlan, ...], distribution, sparsity) -> Counts:
     Args:
         plan: what `resolve` returned.
         distribution: shares the sparsity out over layers.
-        sparsity: a Python number, counted exactly as written; or a traced scalar, rounded to parts per million.
+        sparsity: a Python number, counted exactly as written; or an array, traced or not, rounded to parts per million.
 
     Returns:
-        The `Counts`. For a Python number they are Python ints and sum to the exact total; for a traced one they are
-        int32 scalars. A layer keeps at least one unit.
+        The `Counts`. For a Python number they are Python ints and sum to the exact total; for an array they are int32
+        scalars. A layer keeps at least one unit.
 
     Raises:
         ValueError: the sparsity is not in [0, 1), or an N:M structure cannot have it.
@@ -60,9 +61,7 @@ def count_units(plan: tuple[LeafPlan, ...], distribution, sparsity) -> Counts:
     free = [leaf for leaf in sparse if fixed[leaf.path] is None]
     shapes = {name: shape for leaf in free for name, shape in leaf.layer_shapes.items()}
     units = {name: math.prod(unit_grid(leaf)) for leaf in sparse for name in leaf.layer_shapes}
-    if isinstance(sparsity, jax.Array) and not isinstance(sparsity, jax.core.Tracer):
-        sparsity = float(sparsity)
-    static = not isinstance(sparsity, jax.core.Tracer)
+    static = not isinstance(sparsity, jax.Array)
     per_layer, pool_names = (_static if static else _moving)(distribution, shapes, units, sparsity)
     layers, pool = {}, []
     for leaf in sparse:
@@ -102,15 +101,16 @@ def _fixed_sparsity(leaf: LeafPlan):
 def _fixed_count(leaf: LeafPlan, own, units: int, sparsity, static: bool):
     if leaf.structure.fixed_density is None:
         return max(1, keep_count(units, own))
-    # N:M groups are only ever as sparse as n of m; a sparsity still on its way there keeps more of each group.
+    # N:M groups are only ever as sparse as n of m; a sparsity still on its way there keeps more of each group. One part
+    # per million of slack takes up the rounding of sparsities such as 1/3.
     m = leaf.structure.m
     groups = units // m
     if static:
         wanted = min(exact_fraction(sparsity), own)
-        quota = math.ceil((1 - wanted) * m)
+        quota = math.ceil((1 - wanted - Fraction(1, _MILLION)) * m)
     else:
         wanted = jnp.minimum(to_ppm(sparsity), math.ceil(own * _MILLION))
-        quota = ((_MILLION - wanted) * m + _MILLION - 1 - m) // _MILLION  # m ppm of slack for sparsities like 2/3
+        quota = ((_MILLION - wanted) * m + _MILLION - 1 - m) // _MILLION
         quota = jnp.maximum(quota, leaf.structure.n)
     return groups * quota
 
