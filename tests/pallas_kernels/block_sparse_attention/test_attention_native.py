@@ -1,0 +1,128 @@
+"""The C++ path against the reference. It is not skipped: without a compiler its refusal is what is checked."""
+
+import dataclasses
+import shutil
+
+import attention_zoo as zoo
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from pallas_kernels import native as build
+from pallas_kernels.block_sparse_attention import block_sparse_attention, causal, explain, from_tiles, native
+
+QUICK = settings(max_examples=4, deadline=None)
+OPTIONS = ("alibi", "block_bias", "sinks", "soft_cap", "dropout", "kv_lengths", "scale")
+COMPILER = any(map(shutil.which, ("g++", "clang++", "c++")))
+needs_compiler = pytest.mark.skipif(not COMPILER, reason="no C++ compiler; test_attention_choice_without_compiler ran")
+
+
+def problem(seed=0, q_len=40, kv_len=56, heads=4, kv_heads=2, b=16, dtype=jnp.float32):
+    r = np.random.default_rng(seed)
+    tiles = r.integers(0, 3, (1, heads, -(-q_len // b), -(-kv_len // b)))
+    lists = from_tiles(tiles, bq=b, bk=b, q_len=q_len, kv_len=kv_len, elem=causal)
+    shapes = ((q_len, heads), (kv_len, kv_heads), (kv_len, kv_heads))
+    return lists, *(jnp.asarray(r.normal(size=(2, n, h, 24)), dtype) for n, h in shapes)
+
+
+def test_attention_choice_without_compiler(monkeypatch):
+    monkeypatch.setattr(build, "unavailable", lambda source, targets: "no C++ compiler was found")
+    lists, q, k, v = problem()
+    choice = explain(q, k, v, lists)
+    assert choice.name == "xla"
+    assert "native refused: no C++ compiler was found" in str(choice)
+    with pytest.raises(ValueError, match="no C\\+\\+ compiler was found"):
+        block_sparse_attention(q, k, v, lists, implementation="native")
+    want = block_sparse_attention(q, k, v, lists, implementation="xla")
+    np.testing.assert_array_equal(block_sparse_attention(q, k, v, lists), want)
+
+
+@needs_compiler
+@QUICK
+@given(zoo.cases(options=OPTIONS))
+def test_error_is_at_most_twice_the_plain_one(case):
+    with jax.enable_x64(True):
+        exact = case.run("reference", jnp.float32, compute=jnp.float64)
+        zoo.errors_within(case.run("native", jnp.float32), case.run("reference", jnp.float32), exact, 2e-6)
+
+
+@needs_compiler
+@settings(max_examples=3, deadline=None)
+@given(zoo.cases(options=OPTIONS, blocks=(16, 40, 64)))
+def test_error_in_bfloat16_is_at_most_twice_the_plain_one(case):
+    with jax.enable_x64(True):
+        exact = case.run("reference", jnp.bfloat16, compute=jnp.float64)
+        zoo.errors_within(case.run("native", jnp.bfloat16), case.run("reference", jnp.bfloat16), exact, 4e-3)
+
+
+@needs_compiler
+def test_is_the_choice_on_cpu_and_says_what_it_does_not_take():
+    lists, q, k, v = problem()
+    assert explain(q, k, v, lists).name == "native"
+    assert "no dense bias" in explain(q, k, v, lists, bias=jnp.zeros((1, 1, 1, 56))).refused["native"]
+    with jax.enable_x64(True):
+        wide = [x.astype(jnp.float64) for x in (q, k, v)]
+        assert "float64" in explain(*wide, lists).refused["native"]
+    long = jax.ShapeDtypeStruct((1, 2**17, 1, 64), jnp.float32)
+    grid = jax.ShapeDtypeStruct((1, 1, 1024, 1024), jnp.int32)
+    counts = jax.ShapeDtypeStruct((1, 1, 1024), jnp.int32)
+    wide_lists = dataclasses.replace(
+        lists, idx=grid, n_part=counts, n_tot=counts, bq=128, bk=128, q_len=2**17, kv_len=2**17, max_part=None
+    )
+    assert "give lists.max_part" in explain(long, long, long, wide_lists).refused["native"]
+    assert explain(long, long, long, dataclasses.replace(wide_lists, max_part=1)).name == "native"
+
+
+@needs_compiler
+def test_same_bits_in_every_run_and_under_vmap():
+    lists, q, k, v = problem(q_len=100, kv_len=120)
+
+    @jax.jit
+    def run(q, k, v):
+        loss = lambda q, k, v: (block_sparse_attention(q, k, v, lists, implementation="native") ** 2).sum()  # noqa: E731
+        return jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
+
+    first = run(q, k, v)
+    for _ in range(5):
+        jax.tree.map(np.testing.assert_array_equal, run(q, k, v), first)
+    stacked = jax.vmap(lambda q: block_sparse_attention(q, k, v, lists, implementation="native"))(jnp.stack([q, 2 * q]))
+    np.testing.assert_array_equal(stacked[0], block_sparse_attention(q, k, v, lists, implementation="native"))
+
+
+@needs_compiler
+def test_relabelling_full_as_partial_and_block_size_change_nothing():
+    r = np.random.default_rng(0)
+    grid = np.tril(np.full((4, 4), 2)) - np.eye(4, dtype=int)
+    q, k, v = (jnp.asarray(r.normal(size=(1, 100, 2, 16)), jnp.float32) for _ in range(3))
+
+    def run(b, tiles):
+        lists = from_tiles(tiles, bq=b, bk=b, q_len=100, kv_len=100, elem=causal)
+        return block_sparse_attention(q, k, v, lists, implementation="native")
+
+    want = run(32, grid)
+    np.testing.assert_allclose(run(32, np.minimum(grid, 1)), want, atol=1e-6)
+    np.testing.assert_allclose(run(100, np.ones((1, 1), int)), want, atol=1e-6)
+    np.testing.assert_allclose(run(7, np.tril(np.ones((15, 15), int))), want, atol=1e-6)
+
+
+@needs_compiler
+def test_queries_without_keys_are_zero_with_zero_gradients():
+    lists, q, k, v = problem()
+    lists = dataclasses.replace(lists, n_tot=np.zeros_like(lists.n_tot), n_part=np.zeros_like(lists.n_part))
+
+    def loss(q, k, v):
+        o, aux = block_sparse_attention(q, k, v, lists, return_lse=True, implementation="native")
+        return (o**2).sum() + jnp.where(jnp.isfinite(aux.lse), aux.lse, 0).sum(), (o, aux.lse)
+
+    grads, (o, lse) = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+    assert not o.any()
+    assert np.isneginf(lse).all()
+    assert not any(g.any() for g in grads)
+
+
+@needs_compiler
+def test_targets_are_the_symbols_of_the_source():
+    text = native.SOURCE.read_text()
+    assert all(f"XLA_FFI_DEFINE_HANDLER_SYMBOL({name}," in text for name in native.TARGETS)
