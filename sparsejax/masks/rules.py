@@ -204,7 +204,8 @@ def _resolve_leaf(path: str, leaf, rules: Rules, structure, used: set[int]) -> L
         used.add(index)
         roles = rule.roles or roles
         structure = rule.structure or structure
-        sparsity = rule.sparsity if rule.sparsity is not None else sparsity
+        if rule.sparsity is not None or getattr(rule.structure, "fixed_density", None) is not None:
+            sparsity = rule.sparsity  # a structure that fixes the sparsity overrides what earlier rules said of it
         if rule.dense and rule.named:
             chosen_dense = f"rule {glob!r}"
         elif rule.dense:
