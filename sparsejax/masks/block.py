@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from sparsejax.masks.counts import keep_count
+from sparsejax.masks.keys import as_float
 from sparsejax.masks.layout import match_sharding, merge_axis, split_axis, unshard
 from sparsejax.masks.select import refill_top, select_top
+from sparsejax.masks.structure import build_mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Block:
         scores = jnp.asarray(scores)
         self.check(scores.shape)
         count = keep_count(math.prod(self.grid(scores.shape)), sparsity)
-        return self.spread(self.choose(self.pool(scores), count), scores.shape, like=scores)
+        return build_mask(self, scores, count)
 
     def check(self, shape: tuple[int, ...], path: str = "") -> None:
         """Raises a ValueError that names `path` if the last two axes of a shape are shorter than a block."""
@@ -79,8 +81,7 @@ class Block:
 
     def pool(self, scores: jax.Array) -> jax.Array:
         """Scores of the blocks over the elements they really have, at least in float32. NaN makes a score NaN."""
-        scores = jnp.asarray(scores)
-        scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+        scores = as_float(jnp.asarray(scores))
         if self.pooling == "max":
             return jnp.max(self._blocks(scores, -jnp.inf), axis=(-3, -1))
         if self.pooling == "l2":

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax.masks.counts import keep_count
+from sparsejax.masks.keys import as_float
 from sparsejax.masks.layout import match_sharding
 from sparsejax.masks.select import refill_top, select_top
+from sparsejax.masks.structure import build_mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Channel:
         scores = jnp.asarray(scores)
         self.check(scores.shape)
         count = keep_count(math.prod(self.grid(scores.shape)), sparsity)
-        return self.spread(self.choose(self.pool(scores), count), scores.shape, like=scores)
+        return build_mask(self, scores, count)
 
     def check(self, shape: tuple[int, ...], path: str = "") -> None:
         """Raises a ValueError that names `path` if a shape has no such axis."""
@@ -63,10 +65,9 @@ class Channel:
 
     def pool(self, scores: jax.Array) -> jax.Array:
         """Scores of the channels: means over all other axes, at least in float32. NaN makes a channel's score NaN."""
-        scores = jnp.asarray(scores)
+        scores = as_float(jnp.asarray(scores))
         others = tuple(index for index in range(scores.ndim) if index != self.axis % scores.ndim)
-        dtype = jnp.promote_types(scores.dtype, jnp.float32)
-        return jnp.mean(scores.astype(dtype), axis=others, keepdims=True)
+        return jnp.mean(scores, axis=others, keepdims=True)
 
     def spread(self, unit_mask: jax.Array, shape: tuple[int, ...], *, like: jax.Array | None = None) -> jax.Array:
         """Mask of the elements from the mask of the channels.

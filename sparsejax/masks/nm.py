@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax.masks.counts import as_written
+from sparsejax.masks.keys import as_float, sort_keys
 from sparsejax.masks.layout import match_sharding, merge_axis, split_axis
-from sparsejax.masks.select import sort_keys
+from sparsejax.masks.structure import build_mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,7 @@ class NM:
             if given is None or abs(given - own) > Fraction(1, 1_000_000):
                 raise ValueError(f"NM({self.n}, {self.m}) has sparsity {own} = {float(own):.6g}, not {sparsity!r}")
         kept = math.prod(self.grid(scores.shape)) // self.m * self.n
-        return self.spread(self.choose(self.pool(scores), kept), scores.shape, like=scores)
+        return build_mask(self, scores, kept)
 
     def check(self, shape: tuple[int, ...], path: str = "") -> None:
         """Raises a ValueError that names `path` if a shape does not divide into groups and shared columns."""
@@ -102,9 +103,7 @@ class NM:
         scores = jnp.asarray(scores)
         if self.share == 1:
             return scores
-        if jnp.issubdtype(scores.dtype, jnp.floating) and scores.dtype.itemsize < 4:
-            scores = scores.astype(jnp.float32)
-        return jnp.sum(split_axis(scores, -1, self.share), axis=-1)
+        return jnp.sum(split_axis(as_float(scores), -1, self.share), axis=-1)
 
     def spread(self, unit_mask: jax.Array, shape: tuple[int, ...], *, like: jax.Array | None = None) -> jax.Array:
         """Mask of the elements from the mask of the units.
@@ -133,9 +132,10 @@ class NM:
         Returns:
             Bool array of the shape of `unit_scores`.
         """
-        scores = split_axis(unit_scores, self._axis_of(unit_scores), self.m)
-        where = None if where is None else split_axis(where, self._axis_of(unit_scores), self.m)
-        return self._joined(self._rank(scores, where) < self._quota(unit_scores, count), where, unit_scores)
+        unit_scores, axis = jnp.asarray(unit_scores), self.axis % jnp.ndim(unit_scores)
+        where = None if where is None else split_axis(jnp.asarray(where), axis, self.m)
+        rank = self._rank(split_axis(unit_scores, axis, self.m), where)
+        return self._joined(rank < self._quota(unit_scores, count), where, unit_scores)
 
     def refill(
         self, unit_scores: jax.Array, kept: jax.Array, count: int | jax.Array, *, where: jax.Array | None = None
@@ -151,14 +151,11 @@ class NM:
         Returns:
             Bool array of the shape of `unit_scores`.
         """
-        axis = self._axis_of(unit_scores)
+        unit_scores, kept, axis = jnp.asarray(unit_scores), jnp.asarray(kept), self.axis % jnp.ndim(unit_scores)
         free = split_axis(~kept if where is None else where & ~kept, axis, self.m)
         held = jnp.sum(split_axis(kept, axis, self.m), axis=axis + 1, keepdims=True, dtype=jnp.int32)
         rank = self._rank(split_axis(unit_scores, axis, self.m), free)
         return kept | self._joined(rank < self._quota(unit_scores, count) - held, free, unit_scores)
-
-    def _axis_of(self, unit_scores: jax.Array) -> int:
-        return self.axis % unit_scores.ndim
 
     def _quota(self, unit_scores: jax.Array, count: int | jax.Array) -> int | jax.Array:
         groups = max(unit_scores.size // self.m, 1)
@@ -179,4 +176,4 @@ class NM:
 
     def _joined(self, chosen: jax.Array, where: jax.Array | None, like: jax.Array) -> jax.Array:
         chosen = chosen if where is None else chosen & where
-        return match_sharding(merge_axis(chosen, self._axis_of(like)), like)
+        return match_sharding(merge_axis(chosen, self.axis % like.ndim), like)

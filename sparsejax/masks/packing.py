@@ -56,6 +56,8 @@ def unpack_mask(packed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         raise TypeError(f"a packed mask is a uint8 array, got {packed.dtype}")
     if not shape or packed.shape != (*shape[:-1], -(-shape[-1] // 8)):
         raise ValueError(f"a packed mask of shape {packed.shape} does not hold a mask of shape {shape}")
+    if not packed.size:
+        return jnp.zeros(shape, jnp.bool_)
     if shape[-1] % 8:
         packed = unshard(packed, -1)
     return jnp.unpackbits(packed, axis=-1, count=shape[-1]).astype(jnp.bool_)

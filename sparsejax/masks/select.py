@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from sparsejax.masks.keys import sort_keys
+
 # Three thresholds settle two bits a pass; a CPU then still waits for memory, not for the comparisons.
 _THRESHOLDS = 3
 _MAX_SIZE = 2**31 - 1
-# Reduced row by row, a sum is shared out over a CPU's threads; rows shorter than this are not worth it.
-_LONG_ROW = 256
 
 
 def select_top(scores: jax.Array, count: int | jax.Array, *, where: jax.Array | None = None) -> jax.Array:
@@ -117,49 +117,6 @@ def refill_top(
     return kept | select_top(scores, missing, where=free)
 
 
-def sort_keys(x: jax.Array) -> jax.Array:
-    """Unsigned integers in the order of `x`; -0.0 and 0.0 are equal, NaN is 0, below -inf.
-
-    They are worked out on the bits, because a CPU that flushes subnormal numbers to zero would take them for ties.
-
-    Args:
-        x: real array of any shape.
-
-    Returns:
-        Array of unsigned integers as wide as `x` (wider for 8-bit floats and 4-bit integers), of its shape and
-        sharding.
-
-    Raises:
-        TypeError: `x` is not real.
-
-    Example:
-        >>> sort_keys(jnp.array([jnp.nan, -jnp.inf, -0.0, 0.0])).tolist()
-        [0, 8388608, 2147483648, 2147483648]
-    """
-    if x.dtype == jnp.bool_:
-        return x.astype(jnp.uint8)
-    if not jnp.issubdtype(x.dtype, jnp.floating) and not jnp.issubdtype(x.dtype, jnp.integer):
-        raise TypeError(f"scores must be real numbers, got {x.dtype}; take a magnitude first")
-    is_float = jnp.issubdtype(x.dtype, jnp.floating)
-    if jnp.finfo(x.dtype).bits <= 8 if is_float else jnp.iinfo(x.dtype).bits < 8:
-        # Small floats differ in where they put NaN, small integers are no whole bytes; wider, all are alike and exact.
-        x = x.astype(jnp.float32 if is_float else jnp.int8)
-    bits = 8 * x.dtype.itemsize
-    unsigned, signed = jnp.dtype(f"uint{bits}"), jnp.dtype(f"int{bits}")
-    middle = unsigned.type(1 << (bits - 1))
-    if x.dtype == unsigned:
-        return x
-    if x.dtype == signed:
-        return lax.bitcast_convert_type(x, unsigned) ^ middle
-    # Sign and magnitude become two's complement, where the two zeros meet; an offset then makes that unsigned.
-    raw = lax.bitcast_convert_type(x, signed)
-    sign = raw >> signed.type(bits - 1)
-    magnitude = raw & jnp.iinfo(signed).max
-    keys = lax.bitcast_convert_type((magnitude ^ sign) - sign, unsigned) ^ middle
-    infinity = lax.bitcast_convert_type(jnp.array(jnp.inf, x.dtype), signed)
-    return jnp.where(magnitude > infinity, unsigned.type(0), keys)
-
-
 def _checked_count(count: int | jax.Array, total: int) -> jax.Array:
     if isinstance(count, jax.Array):
         if count.ndim or not jnp.issubdtype(count.dtype, jnp.integer):
@@ -208,11 +165,16 @@ def _select(scores: tuple[jax.Array, ...], where: tuple[jax.Array | None, ...], 
 
     def early(arrays, threshold):
         # Places are counted from the end, so that the first ties are those with the largest places.
+        *arrays, zero = arrays
         last = np.uint32(total) - threshold
-        return [ties(s, w) & (_flat_index(s.shape, start) <= last) for s, w, start in zip(*arrays, starts, strict=True)]
+        return [
+            ties(s, w) & (_flat_index(s.shape, zero) + np.uint32(start) <= last)
+            for s, w, start in zip(*arrays, starts, strict=True)
+        ]
 
-    place, _, _ = _search(early, arrays, count - above, at_least - above, np.uint32(total))
-    return [(keys(s, w) > low) | e for s, w, e in zip(*arrays, early(arrays, place), strict=True)]
+    with_zero = (*arrays, jnp.uint32(0))
+    place, _, _ = _search(early, with_zero, count - above, at_least - above, np.uint32(total))
+    return [(keys(s, w) > low) | e for s, w, e in zip(*arrays, early(with_zero, place), strict=True)]
 
 
 def _search(
@@ -240,15 +202,15 @@ def _search(
     def narrow(carry):
         low, high, at_least, above = carry
         step = (high - low) // dtype.type(_THRESHOLDS + 1) + dtype.type(1)
-        thresholds = [low + jnp.minimum(dtype.type(i) * step, high - low) for i in range(1, _THRESHOLDS + 1)]
+        thresholds = low + jnp.minimum(jnp.arange(1, _THRESHOLDS + 1, dtype=dtype) * step, high - low)
         # Bound to a value of the loop, the keys are worked out anew in every pass, in registers. The compiler would
         # else compute them once, before the loop; to write and read that array costs more time, and memory.
         held, _ = lax.optimization_barrier((arrays, low))
-        counts = _count([hits(held, t) for t in thresholds])
-        for t, c in zip(thresholds, counts, strict=True):
-            reached = c >= count
-            low, at_least = jnp.where(reached, t, low), jnp.where(reached, c, at_least)
-            above = jnp.where(reached, above, jnp.maximum(above, c))
+        counts = jnp.stack(_count([hits(held, thresholds[i]) for i in range(_THRESHOLDS)]))
+        reached = counts >= count  # thresholds rise and counts fall: first those that are reached, then the others
+        low = jnp.max(jnp.where(reached, thresholds, low))
+        at_least = jnp.min(jnp.where(reached, counts, at_least))
+        above = jnp.max(jnp.where(reached, above, counts))
         return low, jnp.minimum(high, low + (step - dtype.type(1))), at_least, above
 
     start = (jnp.zeros((), dtype), jnp.asarray(largest), candidates, jnp.int32(0))
@@ -263,23 +225,15 @@ def _count(hits: list[list[jax.Array]]) -> list[jax.Array]:
 
 def _count_together(hits: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
     # One reduction with several results reads its operands once, and XLA turns it into vector instructions for the
-    # CPU; it does neither for several reductions with one result each.
-    shape = hits[0].shape
+    # CPU; it does neither for several reductions with one result each. Devices then exchange these few numbers only.
     hits = tuple(h.astype(jnp.int32) for h in hits)
-    if len(shape) > 1 and hits[0].size >= _LONG_ROW * shape[0] > 0:
-        hits = _sum_together(hits, tuple(range(1, len(shape))))
-    return _sum_together(hits, tuple(range(hits[0].ndim)))
+    zeros = (jnp.int32(0),) * len(hits)
+    return tuple(lax.reduce(hits, zeros, lambda a, b: tuple(map(operator.add, a, b)), tuple(range(hits[0].ndim))))
 
 
-def _sum_together(arrays: tuple[jax.Array, ...], axes: tuple[int, ...]) -> tuple[jax.Array, ...]:
-    zeros = (jnp.int32(0),) * len(arrays)
-    return tuple(lax.reduce(arrays, zeros, lambda a, b: tuple(map(operator.add, a, b)), axes))
-
-
-def _flat_index(shape: tuple[int, ...], start: int) -> jax.Array:
-    """Row-major positions of an array whose first entry has position `start`."""
-    index, stride = np.uint32(start), 1
-    for axis in reversed(range(len(shape))):
-        index = index + lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride)
-        stride *= shape[axis]
+def _flat_index(shape: tuple[int, ...], zero: jax.Array) -> jax.Array:
+    """Row-major positions. All are worked out from `zero`: a loop's own zero keeps them out of memory, too."""
+    index = zero
+    for axis, size in enumerate(shape):
+        index = index * np.uint32(size) + lax.broadcasted_iota(jnp.uint32, shape, axis)
     return index
