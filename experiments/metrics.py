@@ -1,0 +1,56 @@
+"""The metrics of a run: JSON lines that survive a kill and that a resumed run continues without a repetition."""
+
+import json
+import os
+from pathlib import Path
+
+
+class MetricsLog:
+    """Appends records to `metrics.jsonl`; each line is on its way to the disk before `write` returns.
+
+    Args:
+        path: the file.
+        after: the step of the checkpoint that a run resumes from: later records, and the closing one, are dropped,
+            because the run will write them again. None starts an empty file.
+    """
+
+    def __init__(self, path: str | Path, *, after: int | None):
+        self.path = Path(path)
+        self.records = [] if after is None else [r for r in read_records(self.path) if r["step"] <= after]
+        self.records = [record for record in self.records if record["kind"] != "final"]
+        # A new file takes the place of the old one at once, so that no kill can leave half of it.
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+        os.replace(temporary, self.path)
+        self._file = self.path.open("a")
+
+    def write(self, kind: str, step: int, **fields) -> dict:
+        """Appends a record and returns it."""
+        record = {"kind": kind, "step": step, **fields}
+        self.records.append(record)
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        return record
+
+    def last(self, kind: str) -> dict | None:
+        """The newest record of a kind."""
+        return next((record for record in reversed(self.records) if record["kind"] == kind), None)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self._file.close()
+
+
+def read_records(path: str | Path) -> list[dict]:
+    """The records of a file, without a last line that was cut off; empty where there is no file."""
+    records = []
+    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
+    return records

@@ -1,0 +1,115 @@
+"""Runs an experiment: every algorithm under every seed, each in a folder of its own, and the report."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+from experiments.experiment import Experiment, Task, UsageError
+from experiments.metrics import read_records
+from experiments.report import build_report, print_table
+from experiments.train import train
+from experiments.variant import Variant
+
+# What may differ between a run and its resumption.
+_NOT_OF_THE_RUN = ("algorithms", "seeds", "output", "resume", "keep_checkpoints")
+
+
+def run_experiment(experiment: Experiment, config, *, progress: bool = True) -> Path:
+    """Trains all algorithms and seeds of a configuration, builds the report and prints the table.
+
+    Args:
+        experiment: the experiment.
+        config: its configuration.
+        progress: show progress bars.
+
+    Returns:
+        The experiment's folder.
+
+    Raises:
+        UsageError: the configuration cannot be run, or the folder has other runs of the same names.
+    """
+    _check(config)
+    folder = output_folder(experiment.name, config)
+    task = experiment.task(config)
+    try:
+        variants = [Variant(experiment, config, name, task) for name in config.algorithms]
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    print(f"{experiment.name}: {len(variants)} algorithms x {len(config.seeds)} seeds, into {folder}", flush=True)
+    for variant in variants:
+        for seed in config.seeds:
+            _run(experiment, variant, task, folder / variant.name / f"seed{seed}", seed, progress)
+    page = build_report(folder)
+    print_table(folder)
+    print(f"report: {page}")
+    return folder
+
+
+def output_folder(name: str, config) -> Path:
+    """Where an experiment's runs go: `--output`, or the first of runs/NAME, runs/NAME-2, ... without such runs.
+
+    With `--resume` it is the last of these that exists.
+
+    Raises:
+        UsageError: `--output` has runs that would be overwritten.
+    """
+    numbered = (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in range(1, 1000))
+    if config.resume and not config.output:
+        taken = [path for path in numbered if path.exists()]
+        return taken[-1] if taken else Path("runs") / name
+    if not config.output:
+        return next(path for path in numbered if not path.exists())
+    folder = Path(config.output)
+    clashes = [path for path in _run_folders(folder, config) if path.exists()]
+    if clashes and not config.resume:
+        raise UsageError(f"{clashes[0]} exists already; continue it with --resume, or choose another --output")
+    return folder
+
+
+def _run_folders(folder: Path, config) -> list[Path]:
+    return [folder / name / f"seed{seed}" for name in config.algorithms for seed in config.seeds]
+
+
+def _run(experiment: Experiment, variant: Variant, task: Task, folder: Path, seed: int, progress: bool) -> None:
+    resume = variant.config.resume
+    described = {
+        name: value for name, value in dataclasses.asdict(variant.config).items() if name not in _NOT_OF_THE_RUN
+    }
+    described |= {"experiment": experiment.name, "variant": variant.name, "seed": seed, "data": task.digest}
+    described = json.loads(json.dumps(described))
+    path = folder / "config.json"
+    if resume and path.exists():
+        _check_same(path, described)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(described, indent=2) + "\n")
+    os.replace(temporary, path)
+    if resume and any(record["kind"] == "final" for record in read_records(folder / "metrics.jsonl")):
+        print(f"{variant.name} seed {seed}: finished already", flush=True)
+        return
+    train(variant, folder, seed, resume=resume, progress=progress)
+
+
+def _check_same(path: Path, described: dict) -> None:
+    before = json.loads(path.read_text())
+    for name in [*before, *described]:
+        was, now = before.get(name), described.get(name)
+        if was != now:
+            remedy = "the data of this machine differ" if name == "data" else f"pass --{name.replace('_', '-')} {was}"
+            raise UsageError(
+                f"{path.parent} was started with {name}={was} and cannot be resumed with {name}={now}: {remedy}, or "
+                "start anew in another --output"
+            )
+
+
+def _check(config) -> None:
+    for name in ("steps", "batch_size", "log_every", "eval_every", "save_every", "update_every", "keep_checkpoints"):
+        if getattr(config, name) < 1:
+            raise UsageError(f"{name} is {getattr(config, name)}; it must be 1 or more")
+    for name in ("algorithms", "seeds"):
+        if not getattr(config, name):
+            raise UsageError(f"{name} is empty; give at least one")
+    for seed in config.seeds:
+        if not 0 <= seed < 2**32:
+            raise UsageError(f"seed {seed} is out of range; seeds are 0 to 2**32 - 1")
