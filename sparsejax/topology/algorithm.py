@@ -91,7 +91,7 @@ class Algorithm:
         drop_fraction: a number or a schedule: the share of active units swapped at an update.
         reselect: choose among all units, not only among active ones.
         replaces_step: at update steps the swap takes the place of the optimizer's step, as in RigL.
-        reset_all: zero all moments of a leaf when weights of it grow, not only theirs.
+        reset_all: zero all moments of all leaves whenever weights grow, not only theirs.
         gradient: an optax transformation in front of the inner optimizer that says what pruned weights feel; it gets
             `masks=` (and `trainable=` where there are backward masks). None passes kept weights' gradients only.
         latent: keep dense weights under the mask; the user's parameters are then the view of them.

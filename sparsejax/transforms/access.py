@@ -1,5 +1,6 @@
 """Reading an optimizer state: masks, masked copies, the finished network, a table, a health check."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -55,12 +56,17 @@ def masks_of(opt_state):
         >>> int(masks_of(state)["kernel"].sum())
         8
     """
-    merged, *others = [state.masks for state in sparsify_states(opt_state)]
-    for masks in others:
-        merged = jax.tree.map(
-            lambda first, second: second if is_masked_node(first) else first, merged, masks, is_leaf=is_masked_node
-        )
-    return merged
+    return functools.reduce(_merge, [state.masks for state in sparsify_states(opt_state)])
+
+
+def _merge(first, second):
+    """Puts the second tree of masks where the first has none; a whole subtree may be one `optax.MaskedNode()`."""
+    if is_masked_node(first):
+        return second
+    children, structure = jax.tree.flatten(first, is_leaf=lambda node: node is not first)
+    if is_masked_node(second) or jax.tree_util.treedef_is_leaf(structure):
+        return first
+    return structure.unflatten(map(_merge, children, structure.flatten_up_to(second)))
 
 
 def mask_params(params, opt_state):

@@ -1,5 +1,7 @@
 """`sparsify`: any optax optimizer trains a sparse network, by one wrapper around it."""
 
+import functools
+import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -81,9 +83,9 @@ def sparsify(
     """
     if not isinstance(algorithm, Algorithm):
         raise TypeError(f"sparsify needs an algorithm such as sparsejax.rigl(0.9), not {algorithm!r}")
+    inner = _with_extra_args(inner)
     if algorithm.gradient is not None:
         inner = optax.chain(algorithm.gradient, inner)
-    inner = optax.with_extra_args_support(inner)
     moves = algorithm.steps != NEVER
 
     def init(params):
@@ -138,6 +140,19 @@ def sparsify(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _with_extra_args(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`optax.with_extra_args_support` that also keeps unknown arguments from those that say they take any and do not."""
+    inner = optax.with_extra_args_support(inner)
+    parameters = inspect.signature(inner.update).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return inner
+
+    def update(updates, state, params=None, **extra):
+        return inner.update(updates, state, params, **{name: extra[name] for name in extra if name in parameters})
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
 def _abstract(params) -> bool:
     return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
 
@@ -148,16 +163,16 @@ def _move(algorithm, plan, params, grads, state, memory, due):
     def move():
         leaks = jnp.where(state.mask_step > 0, count_leaks(params, state.masks), 0)
         masks = move_masks(algorithm, plan, params, grads, state.masks, memory, state.mask_step)
-        grew = None
+        grew = jnp.zeros([], bool)
         if algorithm.reset_all:
-            grew = jax.tree.map(lambda old, new: jnp.any(new & ~old), state.masks, masks)
+            grown = jax.tree.map(lambda old, new: jnp.any(new & ~old), state.masks, masks)
+            grew = functools.reduce(jnp.logical_or, jax.tree.leaves(grown), grew)
         # Nothing reads the old masks any more once the new ones are made, so that these can take their place in memory.
         masks = jax.tree.map(lambda mask: mask & (leaks >= 0), masks)
         return masks, leaks, count_nnz(masks), grew
 
     def stay():
-        grew = jax.tree.map(lambda mask: jnp.zeros([], bool), state.masks) if algorithm.reset_all else None
-        return state.masks, jnp.zeros([], jnp.int32), state.targets, grew
+        return state.masks, jnp.zeros([], jnp.int32), state.targets, jnp.zeros([], bool)
 
     return run_if(due, move, stay)
 
@@ -171,13 +186,16 @@ def _step(algorithm, inner, grads, inner_state, params, masks, due, grew, extra)
     """
     kept = masks
     if algorithm.reset_all:
-        kept = jax.tree.map(lambda mask, any_grew: mask & ~any_grew, masks, grew)
+        everything = map_sparse(lambda m, p: m, masks, params, dense=lambda p: jnp.ones_like(p, dtype=bool))
+        kept = jax.tree.map(lambda keep: keep & ~grew, everything)
     inner_state = _keep_when(due, inner, inner_state, kept)
     if algorithm.gradient is None:
         grads = map_sparse(lambda m, g: jnp.where(m, g, jnp.zeros_like(g)), masks, grads)
     if algorithm.replaces_step:
         grads = jax.tree.map(lambda g: jnp.where(due, jnp.zeros_like(g), g), grads)
-    updates, inner_state = inner.update(grads, inner_state, params, **{**extra, "masks": masks})
+    # A weight pruned just now is not zero yet: seen as it is, it would decay into the moments that were zeroed.
+    seen = map_sparse(lambda m, p: jnp.where(m, p, jnp.zeros_like(p)), masks, params)
+    updates, inner_state = inner.update(grads, inner_state, seen, **{**extra, "masks": masks})
     if algorithm.replaces_step:
         updates = jax.tree.map(lambda u: jnp.where(due, jnp.zeros_like(u), u), updates)
     # -p is not cast: in the wider of the two dtypes p + (-p) is exactly 0.
