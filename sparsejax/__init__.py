@@ -10,9 +10,11 @@ from sparsejax.masks.block import Block as Block
 from sparsejax.masks.channel import Channel as Channel
 from sparsejax.masks.distributions import erdos_renyi as erdos_renyi
 from sparsejax.masks.distributions import erdos_renyi_kernel as erdos_renyi_kernel
+from sparsejax.masks.distributions import erk_plus as erk_plus
 from sparsejax.masks.distributions import global_ as global_
 from sparsejax.masks.distributions import layerwise as layerwise
 from sparsejax.masks.distributions import uniform as uniform
+from sparsejax.masks.distributions import uniform_plus as uniform_plus
 from sparsejax.masks.from_params import masks_from_params as masks_from_params
 from sparsejax.masks.nm import NM as NM
 from sparsejax.masks.packing import pack_mask as pack_mask

@@ -171,7 +171,7 @@ def resolve(params, rules=None, structure=None) -> tuple[LeafPlan, ...]:
         >>> from sparsejax.masks.unstructured import Unstructured
         >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}}
         >>> [(leaf.path, leaf.reason) for leaf in resolve(params, structure=Unstructured())]
-        [('dense/bias', 'dense: fewer than two axes'), ('dense/kernel', 'sparse')]
+        [('dense/bias', 'dense: by default (*/bias)'), ('dense/kernel', 'sparse')]
     """
     if rules is None:
         rules = flax_rules

@@ -6,6 +6,7 @@ import optax
 
 from sparsejax.masks.budget import Counts, count_units
 from sparsejax.masks.counts import share_floor, to_ppm
+from sparsejax.masks.layout import match_sharding
 from sparsejax.masks.paths import map_with_names, named_leaves
 from sparsejax.masks.rules import LeafPlan, resolve
 from sparsejax.masks.select import select_top, select_top_global
@@ -74,7 +75,7 @@ def start_masks(algorithm: Algorithm, plan: tuple[LeafPlan, ...], params, data=N
     views = {path: UnitView(planned[path]) for path, _ in named_leaves(dense)}
     units = {path: view.pool(scores[path]) for path, view in views.items()}
     chosen = choose_units(views, counts, units, dict.fromkeys(views))
-    return map_with_names(lambda path, mask: views[path].spread(chosen[path]), dense)
+    return map_with_names(lambda path, mask: match_sharding(views[path].spread(chosen[path]), mask), dense)
 
 
 def move_masks(algorithm: Algorithm, plan: tuple[LeafPlan, ...], params, grads, masks, data, step):
@@ -114,7 +115,7 @@ def move_masks(algorithm: Algorithm, plan: tuple[LeafPlan, ...], params, grads, 
         if algorithm.grow is not None:
             fraction = to_ppm(algorithm.drop_fraction_at(step))
             moved = _swap(views, counts, drop, unit_scores(algorithm.grow, grow_key), moved, fraction)
-    return map_with_names(lambda path, mask: views[path].spread(moved[path]), masks)
+    return map_with_names(lambda path, mask: match_sharding(views[path].spread(moved[path]), mask), masks)
 
 
 def _swap(views, counts: Counts, drop, grow, active, fraction):

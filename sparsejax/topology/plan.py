@@ -78,11 +78,11 @@ def plan(params, algorithm: Algorithm, rules=None, *, steps: int | None = None) 
         >>> import jax.numpy as jnp, sparsejax
         >>> params = {"dense": {"kernel": jnp.ones((64, 32)), "bias": jnp.ones(32)}}
         >>> print(plan(params, sparsejax.gradual(0.9, begin=0, end=1000)))
-        path          shape  structure                         axes    sparsity  nnz
-        ────────────────────────────────────────────────────────────────────────────
-        dense/bias    32     dense: fewer than two axes        -              -    -
-        dense/kernel  64×32  Unstructured()                    in out   89.99 %  205
-        ────────────────────────────────────────────────────────────────────────────
+        path          shape  structure                   axes    sparsity  nnz
+        ──────────────────────────────────────────────────────────────────────
+        dense/bias    32     dense: by default (*/bias)  -              -    -
+        dense/kernel  64×32  Unstructured()              in out   89.99 %  205
+        ──────────────────────────────────────────────────────────────────────
         masks move 11 times, from step 0 to step 1000
     """
     leaves = plan_leaves(params, algorithm, rules)
