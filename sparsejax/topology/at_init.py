@@ -57,7 +57,7 @@ def snip(
         [[0, 1], [0, 1]]
 
     References:
-        Lee et al., SNIP: Single-shot Network Pruning based on Connection Sensitivity, 2019, eq. 6-7
+        Lee et al., SNIP: Single-shot Network Pruning based on Connection Sensitivity, 2019, section 4
         (https://arxiv.org/abs/1810.02340)
     """
     plan = resolve(params, rules, structure)
@@ -111,7 +111,7 @@ def grasp(
         [[1, 0], [0, 1]]
 
     References:
-        Wang et al., Picking Winning Tickets Before Training by Preserving Gradient Flow, 2020, eq. 8, algorithm 1
+        Wang et al., Picking Winning Tickets Before Training by Preserving Gradient Flow, 2020, algorithm 1
         (https://arxiv.org/abs/2002.07376)
     """
     plan = resolve(params, rules, structure)

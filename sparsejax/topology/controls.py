@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sparsejax.masks.budget import Counts
@@ -42,7 +43,7 @@ def shuffle_masks(masks, seed: int, *, rules=None, structure=Unstructured()):
         ((3, 4), 5)
 
     References:
-        Frankle et al., Pruning Neural Networks at Initialization: Why Are We Missing the Mark?, 2021, section 5
+        Frankle et al., Pruning Neural Networks at Initialization: Why Are We Missing the Mark?, 2021
         (https://arxiv.org/abs/2009.08576); Su et al., Sanity-Checking Pruning Methods, 2020
         (https://arxiv.org/abs/2009.11094)
     """
@@ -82,9 +83,10 @@ def collapsed_layers(masks, *, rules=None) -> list[str]:
     given = dict(named_leaves(masks))
     for leaf in _plan_of(masks, rules, Unstructured()):
         if leaf.structure is not None:
-            kept = jnp.moveaxis(given[leaf.path], leaf.roles.batch_axes, range(len(leaf.roles.batch_axes)))
-            kept = kept.reshape(len(leaf.layer_shapes), -1).any(axis=1)
-            empty += [name for name, any_kept in zip(leaf.layer_shapes, kept.tolist(), strict=True) if not any_kept]
+            stacked = len(leaf.roles.batch_axes)
+            kept = jnp.moveaxis(given[leaf.path], leaf.roles.batch_axes, range(stacked))
+            kept = np.asarray(jnp.any(kept, axis=tuple(range(stacked, kept.ndim)))).reshape(-1)
+            empty += [name for name, any_kept in zip(leaf.layer_shapes, kept, strict=True) if not any_kept]
     return empty
 
 

@@ -1,7 +1,10 @@
 """The sparse leaves of a tree by name: taken out, put back, and seen as units."""
 
+import jax
+import jax.numpy as jnp
 import optax
 
+from sparsejax.masks.layout import match_sharding
 from sparsejax.masks.paths import map_with_names, named_leaves
 from sparsejax.masks.rules import LeafPlan
 from sparsejax.topology.engine import UnitView
@@ -24,7 +27,23 @@ def unit_views(plan: tuple[LeafPlan, ...]) -> dict[str, UnitView]:
 
 
 def spread_masks(tree, views: dict[str, UnitView], units: dict):
-    """Masks like `tree` of the units kept, `{path: bool units}`; `optax.MaskedNode()` at dense leaves."""
-    return map_with_names(
-        lambda path, value: views[path].spread(units[path]) if path in views else optax.MaskedNode(), tree
-    )
+    """Masks with the structure and shardings of `tree`, of the units kept, `{path: bool units}`.
+
+    Dense leaves become `optax.MaskedNode()`.
+    """
+
+    def mask(path, value):
+        return spread_like(views[path], units[path], value) if path in views else optax.MaskedNode()
+
+    return map_with_names(mask, tree)
+
+
+def spread_like(view: UnitView, units, leaf):
+    """The mask of the units kept, with the sharding of the leaf."""
+    mask = view.spread(units)
+    return match_sharding(mask, leaf) if isinstance(leaf, jax.Array) else mask
+
+
+def all_units(views: dict[str, UnitView], leaves: dict) -> dict:
+    """Units of which everything is kept, `{path: bool units}`, with the shardings of the leaves."""
+    return {path: view.active(jnp.ones_like(leaves[path], dtype=bool)) for path, view in views.items()}

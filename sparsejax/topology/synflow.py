@@ -14,7 +14,7 @@ from sparsejax.masks.paths import named_leaves
 from sparsejax.masks.rules import LeafPlan, resolve
 from sparsejax.masks.unstructured import Unstructured
 from sparsejax.topology.engine import choose_units
-from sparsejax.topology.leaves import spread_masks, unit_views, with_leaves
+from sparsejax.topology.leaves import all_units, spread_like, spread_masks, unit_views, with_leaves
 
 
 def synflow(
@@ -70,14 +70,14 @@ def synflow(
         ([[0, 1], [0, 1]], [[0], [1]])
 
     References:
-        Tanaka et al., Pruning neural networks without any data by iteratively conserving synaptic flow, 2020, eq. 1,
-        algorithm 1 (https://arxiv.org/abs/2006.05467)
+        Tanaka et al., Pruning neural networks without any data by iteratively conserving synaptic flow, 2020,
+        theorems 1-2 and algorithm 1 (https://arxiv.org/abs/2006.05467)
     """
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}; SynFlow prunes in 1 or more rounds, 100 in the paper")
     plan = resolve(params, rules, structure)
     views = unit_views(plan)
-    units = {path: view.active(jnp.ones(view.shape, bool)) for path, view in views.items()}
+    units = all_units(views, dict(named_leaves(params)))
     final = count_units(plan, distribution, sparsity)
     flow = jax.jit(_unit_flow(apply, views))
     choose = jax.jit(_chooser(views, final.pool))
@@ -120,7 +120,7 @@ def synaptic_flow(apply: Callable, params, inputs, masks=None) -> dict:
     magnitudes, ones = _ones_and_magnitudes(params, inputs, jnp.float64 if wide else jnp.float32)
     if masks is None:
         floating = [(path, p) for path, p in named_leaves(magnitudes) if jnp.issubdtype(p.dtype, jnp.floating)]
-        masks = {path: jnp.ones(p.shape, bool) for path, p in floating}
+        masks = {path: jnp.ones_like(p, dtype=bool) for path, p in floating}
     return _total_and_flow(apply, magnitudes, ones, dict(named_leaves(masks)))[1]
 
 
@@ -139,7 +139,8 @@ def _unit_flow(apply, views):
     """The masked network's summed outputs and pooled scores; scores are relative to their greatest, in float32."""
 
     def flow(magnitudes, ones, units):
-        masks = {path: view.spread(units[path]) for path, view in views.items()}
+        leaves = dict(named_leaves(magnitudes))
+        masks = {path: spread_like(view, units[path], leaves[path]) for path, view in views.items()}
         total, scores = _total_and_flow(apply, magnitudes, ones, masks)
         greatest = jnp.max(jnp.stack([jnp.max(score) for score in scores.values()]))
         pooled = {path: view.pool((scores[path] / greatest).astype(jnp.float32)) for path, view in views.items()}

@@ -14,7 +14,7 @@ from sparsejax.masks.paths import map_with_names, named_leaves
 from sparsejax.masks.rules import LeafPlan, resolve
 from sparsejax.masks.unstructured import Unstructured
 from sparsejax.topology.engine import choose_units
-from sparsejax.topology.leaves import sparse_leaves, spread_masks, unit_views
+from sparsejax.topology.leaves import all_units, sparse_leaves, spread_masks, unit_views
 
 
 class Ticket(NamedTuple):
@@ -115,7 +115,7 @@ def lottery_ticket(
     rates = _layer_rates(plan, distribution, rate)
     views = unit_views(plan)
     if masks is None:
-        units = {path: view.active(jnp.ones(view.shape, bool)) for path, view in views.items()}
+        units = all_units(views, dict(named_leaves(params)))
     else:
         given = _leaves_like("masks", masks, sparse_leaves(params, plan))
         units = {path: view.active(given[path]) for path, view in views.items()}

@@ -38,7 +38,7 @@ def sr_ste_decay(decay: float = 2e-4) -> optax.GradientTransformationExtraArgs:
         [1.0, 2.0]
 
     References:
-        Zhou et al., Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch, 2021, eq. 9
+        Zhou et al., Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch, 2021
         (https://arxiv.org/abs/2102.04010)
     """
     check_strength("sr_ste_decay", "decay", decay)
@@ -77,7 +77,7 @@ def mask_sparsity_penalty(strength: float = 5e-4, masks=None) -> optax.GradientT
         [0.0, 0.5, -0.5]
 
     References:
-        Jiang et al., Pruning-aware Sparse Regularization for Network Pruning, 2022 (https://arxiv.org/abs/2110.04840)
+        Jiang et al., Pruning-aware Sparse Regularization for Network Pruning, 2022 (https://arxiv.org/abs/2201.06776)
     """
     check_strength("mask_sparsity_penalty", "strength", strength)
     return _added_to_pruned("mask_sparsity_penalty", lambda w: jnp.asarray(strength, w.dtype) * jnp.sign(w), masks)

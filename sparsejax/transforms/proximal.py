@@ -62,7 +62,7 @@ def proximal_l1(
         [[2.0, 3.0], [0.0, -1.0]]
 
     References:
-        Parikh & Boyd, Proximal Algorithms, 2014, section 6.5.2
+        Parikh & Boyd, Proximal Algorithms, 2014, section 6.5
     """
 
     def shrink(params, masks):
@@ -119,7 +119,7 @@ def group_lasso(
         [[3.0, 0.0], [4.0, 0.0]]
 
     References:
-        Yuan & Lin, Model selection and estimation in regression with grouped variables, 2006, eq. 2.1
+        Yuan & Lin, Model selection and estimation in regression with grouped variables, 2006
     """
 
     def shrink(params, masks):

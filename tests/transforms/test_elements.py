@@ -116,6 +116,19 @@ def test_proximal_steps_in_an_nnx_optimizer():
     assert 0 < sum(int(mask.sum()) for mask in jax.tree.leaves(masks)) < 384
 
 
+def test_masks_found_for_an_nnx_model_are_trained_by_an_nnx_optimizer():
+    model = NNXMLP(nnx.Rngs(0))
+    graph, params = nnx.split(model, nnx.Param)
+    x, y = regression_data()
+    masks = snip(lambda params, _: jnp.mean((nnx.merge(graph, params)(x) - y) ** 2), params, [None], 0.8)
+    algorithm = sparsejax.from_masks(masks)
+    optimizer = nnx.Optimizer(model, sparsejax.sparsify(optax.adam(1e-2), algorithm), wrt=nnx.Param)
+    for _ in range(2):
+        optimizer.update(model, nnx.grad(lambda model: jnp.mean((model(x) - y) ** 2))(model))
+    assert_masked(nnx.state(model, nnx.Param), masks)
+    assert int(jnp.count_nonzero(model.hidden.kernel[...]) + jnp.count_nonzero(model.out.kernel[...])) == 77
+
+
 def test_lottery_tickets_with_a_fresh_optimizer_each_round():
     def run(params, masks, number):
         return train(sparsejax.sparsify(optax.adam(1e-2), sparsejax.from_masks(masks)), params, 5)[0]
