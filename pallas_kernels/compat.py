@@ -1,0 +1,77 @@
+"""Differences between JAX versions (0.10.2 and 0.12), in one place.
+
+Device-less compilation needs an abstract mesh in context in both, since lowering rules ask it for the kind of device.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+
+def abstract_device(kind: str, cores: int | None, platform: str) -> Any:
+    """A description of a device; JAX 0.10 keeps the class where it was first written."""
+    try:
+        from jax.sharding import AbstractDevice
+    except ImportError:
+        from jax._src.mesh import AbstractDevice
+    return AbstractDevice(kind, cores, platform)
+
+
+def target_context(kind: str, cores: int | None, platform: str) -> contextlib.AbstractContextManager[Any]:
+    """Lowering inside this context is for one such device: enough for `jax.export`, without any plugin installed.
+
+    Args:
+        kind: such as "TPU v5 lite", "TPU v5", "TPU v6 lite" or "NVIDIA H200".
+        cores: cores of the device.
+        platform: "tpu" or "gpu".
+    """
+    mesh = jax.sharding.AbstractMesh(
+        (1,), ("d",), axis_types=(AxisType.Auto,), abstract_device=abstract_device(kind, cores, platform)
+    )
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def tpu_target(topology: str) -> tuple[Callable[..., Any], Callable[[], Any]]:
+    """What compiling for one TPU of a topology such as "v5e:2x2" needs: libtpu, no TPU.
+
+    Returns:
+        A function `(shape, dtype) -> ShapeDtypeStruct` placed on that device, and a function that gives the context in
+        which to lower.
+    """
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = Mesh(np.array(devices[:1]), ("d",))
+    return _placed(mesh), lambda: jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def gpu_target(description: str) -> tuple[Callable[..., Any], Callable[[], Any]]:
+    """The same for a GPU that a text in XLA's target format describes: needs the CUDA plugin, no GPU."""
+    target = topologies.get_topology_desc("", platform="cuda", target_config=description, topology="1x1x1")
+    mesh = Mesh(np.array(target.devices), ("d",))
+    return _placed(mesh), lambda: target_context("NVIDIA H200", 132, "gpu")
+
+
+def _placed(mesh: Mesh) -> Callable[..., Any]:
+    sharding = NamedSharding(mesh, PartitionSpec())
+    return lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def tpu_races_found() -> bool:
+    """Whether the last run under `pltpu.InterpretParams(detect_races=True)` had a race; JAX 0.12 raises by itself."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    races = getattr(interpret_pallas_call, "races", None)
+    return races is not None and races.races_found
+
+
+def gpu_interpreter() -> Any:
+    """Parameters that run Mosaic GPU kernels on any machine and report races; None where JAX cannot."""
+    from jax.experimental.pallas import mosaic_gpu
+
+    # JAX 0.10 has one in private, which lacks rules that accumulators in registers need.
+    parameters = getattr(mosaic_gpu, "InterpretGPUParams", None)
+    return None if parameters is None else parameters(detect_races=True)
