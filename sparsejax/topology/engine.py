@@ -10,6 +10,7 @@ from sparsejax.masks.layout import match_sharding
 from sparsejax.masks.paths import map_with_names, named_leaves
 from sparsejax.masks.rules import LeafPlan, resolve
 from sparsejax.masks.select import select_top, select_top_global
+from sparsejax.masks.sequence import after
 from sparsejax.masks.unstructured import Unstructured
 from sparsejax.topology.algorithm import NEVER, Algorithm
 
@@ -121,13 +122,14 @@ def move_masks(algorithm: Algorithm, plan: tuple[LeafPlan, ...], params, grads, 
 def _swap(views, counts: Counts, drop, grow, active, fraction):
     swapped, done = {}, jnp.zeros([], jnp.int32)
     for path, view in views.items():
-        nnz = view.count(active[path])
+        before = after(done, active[path])
+        nnz = view.count(before)
         kept = view.over_layers(lambda s, n, m: select_top(s, n, where=m))(
-            _after(done, drop[path]), nnz - share_floor(nnz, fraction), active[path]
+            after(done, drop[path]), nnz - share_floor(nnz, fraction), before
         )
         target = jnp.broadcast_to(jnp.asarray(counts.layers.get(path, nnz), jnp.int32), nnz.shape)
         done = jnp.sum(view.count(kept))
-        swapped[path] = view.over_layers(view.structure.refill)(_after(done, grow[path]), kept, target)
+        swapped[path] = view.over_layers(view.structure.refill)(after(done, grow[path]), kept, target)
         done = jnp.sum(view.count(swapped[path]))
     if counts.pool:
         missing = counts.pooled - sum(jnp.sum(swapped[path], dtype=jnp.int32) for path in counts.pool)
@@ -156,7 +158,7 @@ def choose_units(views, counts: Counts, scores, where):
         count = jnp.broadcast_to(jnp.asarray(count, jnp.int32), view.batch) if view.batch else count
         candidates = jnp.ones_like(scores[path], dtype=bool) if where[path] is None and view.batch else where[path]
         choose = view.over_layers(lambda s, n, m, structure=view.structure: structure.choose(s, n, where=m))
-        chosen[path] = choose(_after(done, scores[path]), count, candidates)
+        chosen[path] = choose(after(done, scores[path]), count, candidates)
         done = jnp.sum(view.count(chosen[path]))
     if counts.pool:
         pooled = select_top_global(
@@ -164,11 +166,6 @@ def choose_units(views, counts: Counts, scores, where):
         )
         chosen |= dict(zip(counts.pool, pooled, strict=True))
     return chosen
-
-
-def _after(done, scores):
-    """The scores, computed only after `done`, a count: so the working memory of one leaf is free before the next's."""
-    return jnp.where(done >= 0, scores, jnp.zeros_like(scores))
 
 
 class UnitView:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sparsejax.masks.sequence import after
 from sparsejax.topology.algorithm import NEVER, Algorithm
 from sparsejax.topology.engine import move_masks, plan_leaves, start_masks
 from sparsejax.transforms.latent import init_latent, update_latent
@@ -141,7 +142,7 @@ def sparsify(
 
 
 def _with_extra_args(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """`optax.with_extra_args_support` that also keeps unknown arguments from those that say they take any and do not."""
+    """`optax.with_extra_args_support` that keeps unknown arguments from those that take them in name only."""
     inner = optax.with_extra_args_support(inner)
     parameters = inspect.signature(inner.update).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -162,7 +163,8 @@ def _move(algorithm, plan, params, grads, state, memory, due):
 
     def move():
         leaks = jnp.where(state.mask_step > 0, count_leaks(params, state.masks), 0)
-        masks = move_masks(algorithm, plan, params, grads, state.masks, memory, state.mask_step)
+        old = jax.tree.map(lambda mask: after(leaks, mask), state.masks)
+        masks = move_masks(algorithm, plan, params, grads, old, memory, state.mask_step)
         grew = jnp.zeros([], bool)
         if algorithm.reset_all:
             grown = jax.tree.map(lambda old, new: jnp.any(new & ~old), state.masks, masks)

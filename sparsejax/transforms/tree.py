@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from sparsejax.masks.paths import named_leaves
+from sparsejax.masks.sequence import after
 
 
 def is_masked_node(value) -> bool:
@@ -60,14 +61,20 @@ def mask_leaves(masks) -> list:
 
 def count_nnz(masks) -> jax.Array:
     """Kept elements of each sparse leaf: int32 array, in the order of the tree."""
-    counts = [jnp.sum(mask, dtype=jnp.int32) for mask in mask_leaves(masks)]
+    counts, done = [], jnp.zeros([], jnp.int32)
+    for mask in mask_leaves(masks):
+        done = jnp.sum(after(done, mask), dtype=jnp.int32)
+        counts.append(done)
     return jnp.stack(counts) if counts else jnp.zeros([0], jnp.int32)
 
 
 def count_leaks(params, masks) -> jax.Array:
     """Elements off the mask that are not exactly zero (NaN included), over all sparse leaves: int32 scalar."""
-    found = map_sparse(lambda m, p: jnp.sum((p != 0) & ~m, dtype=jnp.int32), masks, params, dense=no_leaf)
-    return sum(jax.tree.leaves(found), jnp.zeros([], jnp.int32))
+    total = jnp.zeros([], jnp.int32)
+    values = dict(named_leaves(params))
+    for path, mask in named_leaves(masks):
+        total = total + jnp.sum(after(total, values[path] != 0) & ~mask, dtype=jnp.int32)
+    return total
 
 
 def keep_moments(optimizer, state, keep):
