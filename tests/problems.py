@@ -135,7 +135,7 @@ def last_due(begin, every, end):
     """`t -> the last step up to t at which masks moved`, or None before the first."""
 
     def at(t):
-        regular = [step for step in range(begin, min(t, end) + 1, every)]
+        regular = list(range(begin, min(t, end) + 1, every))
         return max(regular + ([end] if t >= end else []), default=None)
 
     return at
@@ -170,7 +170,7 @@ class Preset:
 
 
 def _erk_counts(density):
-    """Density proportional to (inputs + outputs) / (inputs * outputs), so counts to inputs + outputs, none above all."""
+    """Densities as (inputs + outputs) / (inputs * outputs), so counts as inputs + outputs, none above all."""
     edges = {"hidden/kernel": INPUTS + HIDDEN, "out/kernel": HIDDEN + OUTPUTS}
     total = density * sum(SIZES.values())
     counts = {path: total * edge / sum(edges.values()) for path, edge in edges.items()}

@@ -96,7 +96,7 @@ def dynamic(
         The algorithm, for `sparsify`.
 
     Raises:
-        ValueError: masks would never move because `stop` is not after `begin`.
+        ValueError: masks would never move because `stop` is not after `begin`, or `begin` is below 1.
 
     Example:
         >>> algorithm = dynamic(0.9, update_every=100, stop=1000)
@@ -104,6 +104,8 @@ def dynamic(
         [0.3, 0.15, 0.0]
     """
     begin = update_every if begin is None else begin
+    if begin < 1:
+        raise ValueError(f"begin is {begin}; masks that start sparse move for the first time at step 1 or later")
     end = None
     if stop is not None:
         if stop <= begin:
@@ -210,9 +212,10 @@ def granet(
 ) -> Algorithm:
     """GraNet: gradual global pruning, each pruning followed by a RigL swap (Liu et al. 2021, arXiv:2106.10404).
 
-    Pruning follows the cubic schedule from `initial` at `begin` to `sparsity` at `end`; swaps go on until `stop`. The
-    optimizer's step is taken on update steps too. `initial=0` starts dense (dense-to-sparse); a larger one starts from
-    random Erdős–Rényi-kernel masks (sparse-to-sparse; the paper takes 0.5).
+    Pruning follows the cubic schedule from `initial` at `begin` to `sparsity` at `end`, or at the first update after
+    it; swaps go on until `stop`, itself an update. The optimizer's step is taken on update steps too. `initial=0`
+    starts dense (dense-to-sparse); a larger one starts from random Erdős–Rényi-kernel masks (sparse-to-sparse; the
+    paper takes 0.5), which move for the first time at step `update_every` if `begin` is 0.
 
     Args:
         sparsity: the final fraction of zeros.
@@ -234,7 +237,7 @@ def granet(
         raise ValueError(f"stop={stop} is before end={end}, where pruning reaches the target")
     return Algorithm(
         sparsity=cubic_sparsity(sparsity, begin=begin, end=end, initial=initial),
-        steps=UpdateSteps(begin, update_every, stop),
+        steps=UpdateSteps(min(update_every, stop) if initial and not begin else begin, update_every, stop),
         distribution=distribution,
         structure=structure,
         start=scores.random if initial else None,

@@ -1,8 +1,10 @@
 """Presets that prune a dense network: once, gradually, in rounds or in cycles."""
 
+import jax
 import jax.numpy as jnp
 import optax
 
+from sparsejax.masks.counts import exact_fraction
 from sparsejax.masks.distributions import global_, uniform
 from sparsejax.masks.unstructured import Unstructured
 from sparsejax.topology import scores
@@ -70,11 +72,21 @@ def cubic_sparsity(final, *, begin, end, initial=0.0):
     Returns:
         An optax schedule.
 
+    Raises:
+        ValueError: a sparsity is outside [0, 1), or `end` is before `begin`.
+
     Example:
         >>> schedule = cubic_sparsity(0.9, begin=0, end=100)
         >>> [round(float(schedule(step)), 4) for step in (0, 10, 50, 100)]
         [0.0, 0.2439, 0.7875, 0.9]
     """
+    for sparsity in (final, initial):
+        if not isinstance(sparsity, jax.Array):
+            exact_fraction(sparsity)
+    if end < begin:
+        raise ValueError(f"masks would never move: end={end} is before begin={begin}")
+    if end == begin:
+        return lambda step: jnp.where(step >= end, final, initial)
     return optax.polynomial_schedule(initial, final, power=3, transition_steps=end - begin, transition_begin=begin)
 
 

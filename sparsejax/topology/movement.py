@@ -8,6 +8,7 @@ from sparsejax.masks.unstructured import Unstructured
 from sparsejax.topology import scores
 from sparsejax.topology.algorithm import Algorithm, Memory, UpdateSteps
 from sparsejax.topology.magnitude import cubic_sparsity
+from sparsejax.transforms.tree import map_sparse
 
 
 def movement(
@@ -24,8 +25,9 @@ def movement(
 
     Every weight has a score S, 0 at first, trained by gradient descent through the mask with the straight-through
     estimator: S <- S - learning_rate * (dL/dw) * w. The highest scores are seen; the sparsity rises on the cubic
-    schedule from `begin` to `end`. Weights get the gradient of the masked network, that is none while they are pruned,
-    and keep their value until their score brings them back.
+    schedule from `begin` to `end`. Weights get the gradient of the masked network, that is none while they are pruned:
+    then only momentum and weight decay of the optimizer change them until their score brings them back. Scores are
+    float32 at least.
 
     Args:
         sparsity: the final fraction of zeros.
@@ -40,8 +42,14 @@ def movement(
         The algorithm, for `sparsify`.
     """
 
+    def start(params):
+        return jax.tree.map(lambda w: jnp.zeros_like(w, dtype=jnp.result_type(w, jnp.float32)), params)
+
     def learn(learned, params, grads, masks, step):
-        return jax.tree.map(lambda s, g, w: s - learning_rate * (g * w).astype(s.dtype), learned, grads, params)
+        def descend(_, s, g, w):
+            return s - learning_rate * g.astype(s.dtype) * w.astype(s.dtype)
+
+        return map_sparse(descend, masks, learned, grads, params)
 
     return Algorithm(
         sparsity=cubic_sparsity(sparsity, begin=begin, end=end),
@@ -51,5 +59,5 @@ def movement(
         drop=scores.memory,
         reselect=True,
         latent=True,
-        memory=Memory(init=lambda params: jax.tree.map(jnp.zeros_like, params), update=learn),
+        memory=Memory(init=start, update=learn),
     )

@@ -190,7 +190,7 @@ OUTER = {
 
 
 def check_matrix_cell(tx, dtype=jnp.float32, grad_dtype=None, steps=8):
-    """Trains a quadratic and looks at zeros, counts and types after every step; returns the last parameters and state."""
+    """Trains a quadratic; looks at zeros, counts and types after every step."""
     params = small_params(dtype)
     state = tx.init(params)
 
