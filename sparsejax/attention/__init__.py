@@ -1,0 +1,110 @@
+"""Sparse attention of every kind: masks as expressions, chosen at run time, or by a selector; one kernel under all."""
+
+from sparsejax.attention.attend import explain_attention, sparse_attention
+from sparsejax.attention.block_mask import BlockMask
+from sparsejax.attention.budgets import Coverage, Forced, Random, Ratio, Threshold, TopK, TopP
+from sparsejax.attention.choose import from_dense_blocks, from_lists, from_pages, from_scores
+from sparsejax.attention.compile import compile_mask
+from sparsejax.attention.data_patterns import (
+    AShape,
+    BigBird,
+    Bits,
+    BlockDense,
+    Documents,
+    Lengths,
+    Longformer,
+    Prefix,
+    Segment,
+    Tokens,
+    TriShape,
+    from_fn,
+)
+from sparsejax.attention.mask import Mask, per_head
+from sparsejax.attention.merge import merge_states
+from sparsejax.attention.patterns import (
+    Causal,
+    Chunk,
+    Dilated,
+    Empty,
+    Fixed,
+    Full,
+    GridAxial,
+    KeyRange,
+    Local,
+    LogSparse,
+    QueryRange,
+    Sink,
+    Strided,
+)
+from sparsejax.attention.quest import PageBounds, Quest, quest_budget, quest_mask, quest_scores
+from sparsejax.attention.seer import SeerGate, causal_blocks, seer_loss, seer_target
+from sparsejax.attention.selectors import Context, Reuse, ScoreSelector, Selector, pooled_scores, stats_grid
+from sparsejax.attention.token_groups import TokenGroups, group_by_scores
+from sparsejax.attention.token_sets import TokenSet, elbow, tokens_where, top_tokens
+
+__all__ = [
+    "AShape",
+    "BigBird",
+    "Bits",
+    "BlockDense",
+    "BlockMask",
+    "Causal",
+    "Chunk",
+    "Context",
+    "Coverage",
+    "Dilated",
+    "Documents",
+    "Empty",
+    "Fixed",
+    "Forced",
+    "Full",
+    "GridAxial",
+    "KeyRange",
+    "Lengths",
+    "Local",
+    "LogSparse",
+    "Longformer",
+    "Mask",
+    "PageBounds",
+    "Prefix",
+    "QueryRange",
+    "Quest",
+    "Random",
+    "Ratio",
+    "Reuse",
+    "ScoreSelector",
+    "SeerGate",
+    "Segment",
+    "Selector",
+    "Sink",
+    "Strided",
+    "Threshold",
+    "TokenGroups",
+    "TokenSet",
+    "Tokens",
+    "TopK",
+    "TopP",
+    "TriShape",
+    "causal_blocks",
+    "compile_mask",
+    "elbow",
+    "explain_attention",
+    "from_dense_blocks",
+    "from_fn",
+    "from_lists",
+    "from_pages",
+    "from_scores",
+    "group_by_scores",
+    "merge_states",
+    "per_head",
+    "pooled_scores",
+    "quest_budget",
+    "quest_mask",
+    "quest_scores",
+    "seer_loss",
+    "seer_target",
+    "sparse_attention",
+    "stats_grid",
+    "tokens_where",
+    "top_tokens",
+]
