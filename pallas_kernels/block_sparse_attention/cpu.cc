@@ -49,6 +49,8 @@ inline Words Lane() {
   for (int i = 0; i < kLanes; i++) r[i] = i;
   return r;
 }
+// Sum and largest of all lanes, by halves.
+#if defined(__clang__)
 inline float Sum(Vec x) {
   float s = 0;
   for (int i = 0; i < kLanes; i++) s += x[i];
@@ -59,6 +61,19 @@ inline float Max(Vec x) {
   for (int i = 1; i < kLanes; i++) s = x[i] > s ? x[i] : s;
   return s;
 }
+#else
+inline float Sum(Vec x) {
+  for (int half = kLanes / 2; half; half /= 2) x += __builtin_shuffle(x, (Ints)(Lane() ^ half));
+  return x[0];
+}
+inline float Max(Vec x) {
+  for (int half = kLanes / 2; half; half /= 2) {
+    Vec y = __builtin_shuffle(x, (Ints)(Lane() ^ half));
+    x = x > y ? x : y;
+  }
+  return x[0];
+}
+#endif
 inline float Dot(const float* a, const float* b, int64_t n) {
   Vec sum = Vec{};
   int64_t i = 0;
@@ -603,6 +618,88 @@ ffi::Error Backward(ffi::ThreadPool pool, int64_t bq, int64_t bk, float scale, f
   return ffi::Error::Success();
 }
 
+// ---- decode --------------------------------------------------------------------------------------------------------------
+
+// Few queries against a long cache, contiguous or paged: listed keys are read where they lie, once for all query heads of a
+// list, and nothing else of the cache is touched. The list of an owner (a key head, or a query head where each has its own
+// list) is cut into `parts`, whose results are merged in their order.
+ffi::Error Decode(ffi::ThreadPool pool, int64_t bq, int64_t bk, float scale, float soft_cap, float keep_scale,
+                  int64_t threshold, int64_t flags, int64_t parts, int64_t kv_len, F32 q, F32 k, F32 v, S32 idx, S32 n_part,
+                  S32 n_tot, U8 bits, F32 alibi, S32 q_pos, S32 kv_pos, F32 block_bias, U32 seed, S32 limits, S32 pages,
+                  OutF32 o, OutF32 lse, OutF32 partial) {
+  Call c = MakeCall(bq, bk, scale, soft_cap, keep_scale, threshold, flags, q, k, v, idx, n_part, n_tot, bits, alibi, q_pos,
+                    kv_pos, block_bias, seed, limits);
+  const int64_t stored = c.kv_len, blocks = (kv_len + bk - 1) / bk;
+  const bool paged = pages.element_count() > 0;
+  c.kv_len = kv_len;
+  const int64_t split = c.hm == c.heads ? c.group : 1, owned = c.group / split, owners = c.batch * c.kv_heads * split;
+  const int64_t rows = owned * c.q_len, record = rows * (c.v_dim_p + 2);
+  ParallelFor(pool, owners * parts, [&](int64_t t) {
+    const int64_t owner = t / parts, part = t % parts, b = owner / (c.kv_heads * split);
+    const int64_t h0 = owner % (c.kv_heads * split) * owned, kv_h = h0 / c.group, list = c.ListRow(b, h0, 0);
+    float *out = partial->typed_data() + t * record, *top = out + rows * c.v_dim_p, *total = top + rows;
+    float* s = Scratch(rows * (c.bk_p + c.dim) + c.bk_p * c.dim + c.bk * c.v_dim_p + 64);
+    float *qs = s + rows * c.bk_p, *kt = qs + rows * c.dim, *vp = kt + c.bk_p * c.dim;
+    std::memset(out, 0, rows * c.v_dim_p * 4);
+    for (int64_t r = 0; r < rows; r++) {
+      const float* from = c.Q(b, r % c.q_len, h0 + r / c.q_len);
+      for (int64_t d = 0; d < c.dim; d++) qs[r * c.dim + d] = from[d] * c.scale;
+      top[r] = kNothing;
+      total[r] = 0;
+    }
+    const int64_t count = c.n_tot[list], begin = count * part / parts, end = count * (part + 1) / parts;
+    for (int64_t slot = begin; slot < end; slot++) {
+      const int64_t j = c.idx[list * c.width + slot], columns = std::min(c.bk, c.limits[b] - j * c.bk);
+      if (columns <= 0) continue;
+      const int64_t row0 = paged ? pages.typed_data()[b * blocks + j] * c.bk : b * stored + j * c.bk;
+      const float* keys = c.k + (row0 * c.kv_heads + kv_h) * c.dim;
+      const float* values = c.v + (row0 * c.kv_heads + kv_h) * c.v_dim;
+      if (rows >= 4) {
+        PackColumns(keys, c.kv_heads * c.dim, columns, c.dim, c.bk_p, kt);
+        Multiply<false>(rows, c.bk_p, c.dim, qs, c.dim, Packed(kt, c.dim), s, c.bk_p, false);
+      } else {
+        for (int64_t x = 0; x < columns; x++) {
+          for (int64_t r = 0; r < rows; r++) s[r * c.bk_p + x] = Dot(qs + r * c.dim, keys + x * c.kv_heads * c.dim, c.dim);
+        }
+      }
+      for (int64_t g = 0; g < owned; g++) {
+        const int64_t r = g * c.q_len;
+        const Place at{b, h0 + g, 0, slot, j, 0, c.q_len, columns, (c.flags & kBits) && slot < c.n_part[list]};
+        c.Finish(at, s + r * c.bk_p, nullptr);
+        Soften(c, at, s + r * c.bk_p, top + r, total + r, out + r * c.v_dim_p, false);
+      }
+      Panels right = RowMajor(values, c.kv_heads * c.v_dim);
+      if (c.v_dim % kPanel) {
+        PackRows(values, c.kv_heads * c.v_dim, columns, c.bk, c.v_dim, vp);
+        right = Packed(vp, c.bk);
+      }
+      Multiply<false>(rows, c.v_dim_p, columns, s, c.bk_p, right, out, c.v_dim_p, true);
+    }
+  });
+  ParallelFor(pool, owners, [&](int64_t owner) {
+    const int64_t b = owner / (c.kv_heads * split), h0 = owner % (c.kv_heads * split) * owned;
+    const float* first = partial->typed_data() + owner * parts * record;
+    for (int64_t r = 0; r < rows; r++) {
+      const int64_t row = r % c.q_len, h = h0 + r / c.q_len;
+      float top = kNothing, total = 0;
+      for (int64_t part = 0; part < parts; part++) top = std::max(top, first[part * record + rows * c.v_dim_p + r]);
+      float* to = o->typed_data() + ((b * c.q_len + row) * c.heads + h) * c.v_dim;
+      std::memset(to, 0, c.v_dim * 4);
+      if (top != kNothing) {
+        for (int64_t part = 0; part < parts; part++) {
+          const float* from = first + part * record;
+          const float share = std::exp(from[rows * c.v_dim_p + r] - top);
+          total += share * from[rows * (c.v_dim_p + 1) + r];
+          for (int64_t d = 0; d < c.v_dim; d++) to[d] += share * from[r * c.v_dim_p + d];
+        }
+        for (int64_t d = 0; d < c.v_dim; d++) to[d] /= total;
+      }
+      lse->typed_data()[(b * c.heads + h) * c.q_len + row] = top == kNothing ? kNothing : top + std::log(total);
+    }
+  });
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 #define COMMON_ATTRIBUTES            \
@@ -625,3 +722,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(bsa_backward, Backward,
                               COMMON_ATTRIBUTES.Attr<int64_t>("parts")
                                   .COMMON_ARGUMENTS.Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>()
                                   .Ret<F32>().Ret<F32>().Ret<F32>().Ret<F32>().Ret<F32>().Ret<F32>().Ret<F32>().Ret<F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(bsa_decode, Decode,
+                              COMMON_ATTRIBUTES.Attr<int64_t>("parts").Attr<int64_t>("kv_len")
+                                  .COMMON_ARGUMENTS.Arg<S32>().Ret<F32>().Ret<F32>().Ret<F32>());

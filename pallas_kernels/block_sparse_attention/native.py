@@ -19,10 +19,14 @@ from pallas_kernels.block_sparse_attention.rules import bits_bytes, partial_bits
 Array = Any
 
 SOURCE = Path(__file__).with_name("cpu.cc")
-TARGETS = ("bsa_forward", "bsa_backward")
+TARGETS = ("bsa_forward", "bsa_backward", "bsa_decode")
 
 # Bits of partial tiles that a call may need; more means that most tiles are partial, or that max_part is not given.
 MAX_BITS_BYTES = 2**29
+# Query rows of a list up to which keys are read where they lie instead of being packed first.
+_DECODE_ROWS = 16
+# Keys that a task of the decode kernel has at least.
+_DECODE_KEYS = 1024
 # Tasks of the backward pass, at least; whatever the number of threads, so that sums are always formed alike.
 _TASKS = 8
 
@@ -31,15 +35,17 @@ _BITS, _ALIBI, _BLOCK_BIAS = 1, 2, 4
 
 def supports(q: Array, k: Array, v: Array, lists: BlockLists, extras: Extras, settings: Settings) -> str | None:
     """None, or why this path refuses the call."""
-    del k, v
+    del v
     if jax.default_backend() != "cpu":
         return f"it runs on the CPU, and the default backend is {jax.default_backend()}"
     if q.dtype == jnp.float64:
         return "it computes in float32, and q is float64"
     if extras.bias is not None:
         return "it takes no dense bias; give block_bias, or use implementation='xla'"
-    if settings.page_size is not None:
-        return "it takes no pages"
+    if _few_queries(q, k, lists, settings) and q.dtype != jnp.float32:
+        return f"it would turn the whole cache from {q.dtype} into float32, and few queries read only parts of it"
+    if settings.page_size is not None and lists.nq > 1:
+        return f"it takes pages for one block of queries, and {lists.q_len} queries in blocks of {lists.bq} are more"
     if lists.has_rule:
         size = bits_bytes(lists, q.shape[0], q.shape[2])
         if size > MAX_BITS_BYTES:
@@ -107,6 +113,8 @@ def forward(q: Array, k: Array, v: Array, lists: BlockLists, extras: Extras, set
     batch, q_len, heads, dim = q.shape
     kv_heads, v_dim = k.shape[2], v.shape[3]
     operands, attributes = _inputs(q, k, v, lists, extras, settings)
+    if _few_queries(q, k, lists, settings):
+        return _decode(q, k, v, lists, extras, operands, attributes)
     tiles = batch * kv_heads * lists.nk
     shapes = [
         (batch, q_len, heads, v_dim),
@@ -115,6 +123,29 @@ def forward(q: Array, k: Array, v: Array, lists: BlockLists, extras: Extras, set
         (tiles, lists.bk, _padded(v_dim)),
     ]
     o, lse, *_ = _call("bsa_forward", shapes, operands, attributes)
+    return o.astype(q.dtype), lse
+
+
+def _few_queries(q: Array, k: Array, lists: BlockLists, settings: Settings) -> bool:
+    """Whether keys are read where they lie rather than packed first."""
+    return settings.page_size is not None or (lists.nq == 1 and _rows(q, k, lists) <= _DECODE_ROWS)
+
+
+def _rows(q: Array, k: Array, lists: BlockLists) -> int:
+    """Query rows that share a list."""
+    heads = q.shape[2]
+    return q.shape[1] if lists.idx.shape[1] == heads else q.shape[1] * heads // k.shape[2]
+
+
+def _decode(q, k, v, lists, extras, operands, attributes) -> tuple[Array, Array]:
+    batch, q_len, heads, _ = q.shape
+    v_dim, rows = v.shape[3], _rows(q, k, lists)
+    owners = batch * heads * q_len // rows
+    parts = max(1, min(math.ceil(_TASKS / owners), lists.width * lists.bk // _DECODE_KEYS))
+    pages = jnp.zeros((0,), jnp.int32) if extras.page_table is None else extras.page_table.astype(jnp.int32)
+    shapes = [(*q.shape[:3], v_dim), (batch, heads, q_len), (owners, parts, rows, _padded(v_dim) + 2)]
+    attributes = attributes | {"parts": np.int64(parts), "kv_len": np.int64(lists.kv_len)}
+    o, lse, _ = _call("bsa_decode", shapes, (*operands, pages), attributes)
     return o.astype(q.dtype), lse
 
 
