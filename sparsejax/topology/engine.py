@@ -7,6 +7,7 @@ import optax
 from sparsejax.masks.budget import Counts, count_units
 from sparsejax.masks.counts import share_floor, to_ppm
 from sparsejax.masks.layout import match_sharding
+from sparsejax.masks.layout import match_sharding
 from sparsejax.masks.paths import map_with_names, named_leaves
 from sparsejax.masks.rules import LeafPlan, resolve
 from sparsejax.masks.select import select_top, select_top_global
@@ -67,7 +68,7 @@ def start_masks(algorithm: Algorithm, plan: tuple[LeafPlan, ...], params, data=N
     dense = map_with_names(lambda path, p: _full(p) if planned[path].structure else optax.MaskedNode(), params)
     if algorithm.masks is not None:
         given = dict(named_leaves(algorithm.masks))
-        return map_with_names(lambda path, mask: jnp.array(given[path]), dense)
+        return map_with_names(lambda path, mask: match_sharding(jnp.array(given[path]), mask), dense)
     if algorithm.start is None:
         return dense
     values = jax.tree.map(lambda p: jnp.zeros_like(p) if isinstance(p, jax.ShapeDtypeStruct) else p, params)
