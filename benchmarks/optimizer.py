@@ -31,7 +31,7 @@ def main():
     variants = {
         "adamw": optax.adamw(1e-3),
         "sparsify, between updates": sparsejax.sparsify(optax.adamw(1e-3), sparsejax.rigl(0.9, update_every=2**30)),
-        "sparsify, mask update": sparsejax.sparsify(optax.adamw(1e-3), sparsejax.rigl(0.9, update_every=1, begin=0)),
+        "sparsify, mask update": sparsejax.sparsify(optax.adamw(1e-3), sparsejax.rigl(0.9, update_every=1)),
     }
     steps, memory = {}, {}
     for name, optimizer in variants.items():
