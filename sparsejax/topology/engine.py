@@ -7,7 +7,6 @@ import optax
 from sparsejax.masks.budget import Counts, count_units
 from sparsejax.masks.counts import share_floor, to_ppm
 from sparsejax.masks.layout import match_sharding
-from sparsejax.masks.layout import match_sharding
 from sparsejax.masks.paths import map_with_names, named_leaves
 from sparsejax.masks.rules import LeafPlan, resolve
 from sparsejax.masks.select import select_top, select_top_global
