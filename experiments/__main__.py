@@ -30,13 +30,13 @@ def main(arguments: list[str] | None = None) -> int:
             return _run(name, fields)
         case ["report", folder] if not folder.startswith("-"):
             return _report(folder)
+        case ["-h" | "--help" | "help", *_] | ["run" | "list" | "report", "-h" | "--help", *_]:
+            print(USAGE)
+            return _list()
         case ["run"]:
             return _refuse(f"run needs the name of an experiment: {', '.join(_experiments())}")
         case ["report", *_]:
             return _refuse("report needs one folder, such as runs/digits_dst")
-        case ["-h" | "--help" | "help", *_] | ["run" | "list" | "report", "-h" | "--help", *_]:
-            print(USAGE)
-            return _list()
         case []:
             return _refuse("no command")
         case [command, *_]:

@@ -62,7 +62,7 @@ class Variant:
             _, params, rest = nnx.split(make_model(nnx.Rngs(jax.random.key(seed))), nnx.Param, ...)
             return nnx.as_pure(params), nnx.as_pure(rest)
 
-        self._make_variables = jax.jit(make_variables)
+        self._make_variables = make_variables  # not compiled as a whole: variants share the pieces' compilations
         params, rest = jax.eval_shape(make_variables, 0)
         plan = resolve(params, rules_of(config), Unstructured())
         self.sizes = {leaf.path: leaf.size for leaf in plan if leaf.structure is not None}
@@ -74,7 +74,6 @@ class Variant:
         self.forward = layer_flops(lambda p, r, x: self.apply(p, r, x), params, rest, inputs)
         self.run_steps = jax.jit(self.steps, donate_argnums=0)
         self.evaluate = jax.jit(self._evaluate)
-        self._init = jax.jit(self._init_state)
 
     def apply(self, params, rest, inputs) -> jax.Array:
         """Logits, as at evaluation."""
@@ -121,10 +120,7 @@ class Variant:
                 lambda p, inputs: self.apply(p, rest, inputs),
                 [inputs_and_targets(next(data)) for _ in range(4)],
             )
-        return self._init(params, rest, jnp.uint32(seed), masks)
-
-    def _init_state(self, params, rest, seed, masks) -> TrainState:
-        opt_state = self.optimizer(seed, masks).init(params)
+        opt_state = self.optimizer(jnp.uint32(seed), masks).init(params)
         params = mask_params(params, opt_state) if self.sparse else params
         state = TrainState(jnp.int32(0), params, rest, opt_state, None)
         return state._replace(explored=exploration_init(self.masks(state)))

@@ -10,7 +10,7 @@ import dataclasses
 import optax
 
 from experiments import algorithms as names
-from experiments.data import evaluation_batches, load_digits, random_shift, training_batches
+from experiments.data import evaluation_batches, load_digits, training_batches
 from experiments.experiment import Experiment, Task
 from experiments.models import ViT
 
@@ -59,8 +59,6 @@ class Config:
     warmup: int = 50
     # decay of kept weights, decoupled from their gradient
     weight_decay: float = 0.05
-    # pixels by which training images are shifted at most
-    shift: int = 1
     # steps between two records of loss and masks
     log_every: int = 25
     # steps between two evaluations on the held-out images
@@ -77,10 +75,9 @@ class Config:
 
 def task(config: Config) -> Task:
     digits = load_digits()
-    augment = random_shift(config.shift, fill=-0.3) if config.shift else None
     return Task(
         metric="accuracy",
-        batches=lambda seed: training_batches(digits.train, batch_size=config.batch_size, seed=seed, augment=augment),
+        batches=lambda seed: training_batches(digits.train, batch_size=config.batch_size, seed=seed),
         heldout=list(evaluation_batches(digits.heldout, batch_size=len(digits.heldout))),
     )
 
