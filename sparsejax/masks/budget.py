@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -101,18 +100,15 @@ def _fixed_sparsity(leaf: LeafPlan):
 def _fixed_count(leaf: LeafPlan, own, units: int, sparsity, static: bool):
     if leaf.structure.fixed_density is None:
         return max(1, keep_count(units, own))
+    groups = units // leaf.structure.m
+    if static:
+        return groups * leaf.structure.n
     # N:M groups are only ever as sparse as n of m; a sparsity still on its way there keeps more of each group. One part
     # per million of slack takes up the rounding of sparsities such as 1/3.
     m = leaf.structure.m
-    groups = units // m
-    if static:
-        wanted = min(exact_fraction(sparsity), own)
-        quota = math.ceil((1 - wanted - Fraction(1, _MILLION)) * m)
-    else:
-        wanted = jnp.minimum(to_ppm(sparsity), math.ceil(own * _MILLION))
-        quota = ((_MILLION - wanted) * m + _MILLION - 1 - m) // _MILLION
-        quota = jnp.maximum(quota, leaf.structure.n)
-    return groups * quota
+    wanted = jnp.minimum(to_ppm(sparsity), math.ceil(own * _MILLION))
+    quota = ((_MILLION - wanted) * m + _MILLION - 1 - m) // _MILLION
+    return groups * jnp.maximum(quota, leaf.structure.n)
 
 
 def _shares(distribution, shapes, sparsity) -> tuple[dict, list[str]]:

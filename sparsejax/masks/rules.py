@@ -3,6 +3,7 @@
 import dataclasses
 import fnmatch
 import math
+import numbers
 from collections.abc import Mapping
 
 import jax.numpy as jnp
@@ -68,10 +69,13 @@ def _as_rule(glob: str, value) -> Rule:
         return dataclasses.replace(value, named=True)
     if isinstance(value, Roles):
         return Rule(roles=value, named=True)
-    if isinstance(value, (int, float)):
-        exact_fraction(value)
+    if isinstance(value, numbers.Real):
+        try:
+            exact_fraction(value)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"rules[{glob!r}]: {error}") from None
         return Rule(dense=False, sparsity=value, named=True)
-    if hasattr(value, "choose"):
+    if hasattr(value, "fixed_density"):
         return Rule(dense=False, structure=value, named=True)
     raise ValueError(
         f"rules[{glob!r}] is {value!r}; allowed are None (leave dense), a sparsity in [0, 1), a structure such as "
@@ -230,5 +234,12 @@ def _resolve_leaf(path: str, leaf, rules: Rules, structure, used: set[int]) -> L
         )
     roles = roles if isinstance(roles, Roles) else roles(len(shape))
     roles.check(shape, path)
-    structure.check(roles.matrix_shape(shape)[-2:], path)
+    if math.prod(shape) >= 2**31:
+        raise ValueError(
+            f"{path}: {math.prod(shape)} elements, shape {shape}, overflow the 32-bit counts of masks; split the leaf, "
+            f"or leave it dense, rules={{{path!r}: None}}"
+        )
+    # N:M groups run along the inputs of one window position; blocks and channels may take in several.
+    window = structure.fixed_density is None
+    structure.check(roles.matrix_shape(shape)[-2:] if window else roles.kernel_shape(shape)[-2:], path)
     return LeafPlan(path, shape, roles, structure, sparsity, "sparse")

@@ -1,6 +1,7 @@
 """What an algorithm is: the pieces that say how masks start, when and how they move, and what pruned weights feel."""
 
 import dataclasses
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +49,18 @@ class UpdateSteps:
         """Whether masks move at `step`: a bool for an int, a traced bool for a traced step."""
         regular = (step >= self.begin) & ((step - self.begin) % self.every == 0)
         return regular if self.end is None else (regular & (step < self.end)) | (step == self.end)
+
+
+def check_sparsity(sparsity) -> None:
+    """Raises for a number outside [0, 1) or no number at all; schedules and arrays are clipped when they are read."""
+    if not callable(sparsity) and not isinstance(sparsity, jax.Array):
+        exact_fraction(sparsity)
+
+
+def check_drop_fraction(share) -> None:
+    """Raises `ValueError` for a number outside [0, 1]; schedules and arrays are clipped when they are read."""
+    if isinstance(share, numbers.Real) and not 0 <= share <= 1:
+        raise ValueError(f"drop_fraction is {share}; it is a share in [0, 1] of the active weights")
 
 
 NEVER = UpdateSteps(begin=2**31 - 1, every=1, end=2**31 - 1)
@@ -126,10 +139,10 @@ class Algorithm:
     masks: Any = None
 
     def __post_init__(self):
-        if not callable(self.sparsity) and isinstance(self.sparsity, (int, float)):
-            exact_fraction(self.sparsity)
-        if isinstance(self.drop_fraction, (int, float)) and not 0 <= self.drop_fraction <= 1:
-            raise ValueError(f"drop_fraction is {self.drop_fraction}; it is a share in [0, 1] of the active weights")
+        check_sparsity(self.sparsity)
+        check_drop_fraction(self.drop_fraction)
+        if self.backward_sparsity is not None:
+            check_sparsity(self.backward_sparsity)
         for name in ("backward_sparsity", "softness", "stages"):
             if getattr(self, name) not in (None, ()) and not self.latent:
                 raise ValueError(f"{name} needs dense weights under the mask: latent=True")

@@ -6,7 +6,7 @@ import optax
 from sparsejax.masks.distributions import erdos_renyi_kernel, global_
 from sparsejax.masks.unstructured import Unstructured
 from sparsejax.topology import scores
-from sparsejax.topology.algorithm import Algorithm, UpdateSteps
+from sparsejax.topology.algorithm import Algorithm, UpdateSteps, check_drop_fraction, check_sparsity
 from sparsejax.topology.magnitude import cubic_sparsity
 
 
@@ -103,9 +103,10 @@ def dynamic(
         >>> [round(float(algorithm.drop_fraction(step)), 3) for step in (0, 500, 1000)]
         [0.3, 0.15, 0.0]
     """
-    begin = update_every if begin is None else begin
-    if begin < 1:
+    check_drop_fraction(drop_fraction)
+    if begin is not None and begin < 1:
         raise ValueError(f"begin is {begin}; masks that start sparse move for the first time at step 1 or later")
+    begin = update_every if begin is None else begin
     end = None
     if stop is not None:
         if stop <= begin:
@@ -232,6 +233,7 @@ def granet(
     Returns:
         The algorithm, for `sparsify`.
     """
+    check_drop_fraction(drop_fraction)
     stop = end if stop is None else stop
     if stop < end:
         raise ValueError(f"stop={stop} is before end={end}, where pruning reaches the target")
@@ -273,6 +275,10 @@ def ac_dc(
         >>> [round(float(algorithm.sparsity(step)), 1) for step in (0, 10, 20, 30, 40, 45)]
         [0.0, 0.9, 0.0, 0.9, 0.0, 0.9]
     """
+
+    check_sparsity(sparsity)
+    if phase < 1:
+        raise ValueError(f"phase is {phase}; a phase takes 1 or more steps")
 
     def at(step):
         compressed = (step >= end) | ((step >= begin) & ((step - begin) // phase % 2 == 0))

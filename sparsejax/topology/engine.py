@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from sparsejax.masks.budget import Counts, count_units
-from sparsejax.masks.counts import share_floor, to_ppm
+from sparsejax.masks.counts import exact_fraction, share_floor, to_ppm
 from sparsejax.masks.layout import match_sharding
 from sparsejax.masks.paths import map_with_names, named_leaves
 from sparsejax.masks.rules import LeafPlan, resolve
@@ -22,6 +22,7 @@ def plan_leaves(params, algorithm: Algorithm, rules=None) -> tuple[LeafPlan, ...
         ValueError: as `resolve`; and where a starting mask does not fit its leaf.
     """
     if algorithm.masks is None or not named_leaves(params):
+        _check_density(algorithm)
         return resolve(params, rules, algorithm.structure)
     given = dict(named_leaves(algorithm.masks))
     never = algorithm.steps == NEVER
@@ -43,6 +44,17 @@ def plan_leaves(params, algorithm: Algorithm, rules=None) -> tuple[LeafPlan, ...
         else:
             merged.append(leaf)
     return tuple(merged)
+
+
+def _check_density(algorithm) -> None:
+    own = algorithm.structure.fixed_density
+    if own is None or algorithm.moving:
+        return
+    if abs(1 - exact_fraction(algorithm.sparsity) - own) > 1e-6:
+        raise ValueError(
+            f"sparsity {algorithm.sparsity} contradicts {algorithm.structure}, whose sparsity is {float(1 - own):.6g}; "
+            "give that one"
+        )
 
 
 def _resolved_or_dense(params, algorithm, rules, never: bool):
@@ -71,10 +83,9 @@ def start_masks(algorithm: Algorithm, plan: tuple[LeafPlan, ...], params, data=N
     if algorithm.start is None:
         return dense
     values = jax.tree.map(lambda p: jnp.zeros_like(p) if isinstance(p, jax.ShapeDtypeStruct) else p, params)
-    scores = dict(named_leaves(algorithm.start(values, None, dense, random_key(algorithm, 0), data)))
     counts = count_units(plan, algorithm.start_distribution or algorithm.distribution, algorithm.sparsity_at(0))
     views = {path: UnitView(planned[path]) for path, _ in named_leaves(dense)}
-    units = {path: view.pool(scores[path]) for path, view in views.items()}
+    units = _unit_scores(algorithm.start, views, values, None, dense, random_key(algorithm, 0), data)
     chosen = choose_units(views, counts, units, dict.fromkeys(views))
     return map_with_names(lambda path, mask: match_sharding(views[path].spread(chosen[path]), mask), dense)
 
@@ -101,8 +112,7 @@ def move_masks(algorithm: Algorithm, plan: tuple[LeafPlan, ...], params, grads, 
     drop_key, grow_key = jax.random.split(key)
 
     def unit_scores(score, score_key):
-        tree = dict(named_leaves(score(params, grads, masks, score_key, data)))
-        return {path: view.pool(tree[path]) for path, view in views.items()}
+        return _unit_scores(score, views, params, grads, masks, score_key, data)
 
     drop = unit_scores(algorithm.drop, drop_key)
     if algorithm.reselect:
@@ -117,6 +127,19 @@ def move_masks(algorithm: Algorithm, plan: tuple[LeafPlan, ...], params, grads, 
             fraction = to_ppm(algorithm.drop_fraction_at(step))
             moved = _swap(views, counts, drop, unit_scores(algorithm.grow, grow_key), moved, fraction)
     return map_with_names(lambda path, mask: match_sharding(views[path].spread(moved[path]), mask), masks)
+
+
+def _unit_scores(score, views, params, grads, masks, key, data) -> dict:
+    tree = dict(named_leaves(score(params, grads, masks, key, data)))
+    for path, view in views.items():
+        if path not in tree:
+            raise ValueError(
+                f"the score {score} gave no scores for {path!r}, only for {list(tree)[:5]}; it must return a tree like "
+                "the parameters"
+            )
+        if jnp.shape(tree[path]) != view.shape:
+            raise ValueError(f"{path}: the score {score} has shape {jnp.shape(tree[path])}, the weight {view.shape}")
+    return {path: view.pool(tree[path]) for path, view in views.items()}
 
 
 def _swap(views, counts: Counts, drop, grow, active, fraction):

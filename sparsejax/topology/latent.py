@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import optax
 
+from sparsejax.masks.counts import exact_fraction
 from sparsejax.masks.distributions import uniform
 from sparsejax.masks.nm import NM
 from sparsejax.masks.unstructured import Unstructured
@@ -108,6 +109,8 @@ def fade(*, begin, rate, exponential=False, end=None):
         >>> [round(float(fade(begin=0, rate=2e-4)(step)), 2) for step in (0, 1000, 2500, 5000)]
         [1.0, 0.8, 0.5, 0.0]
     """
+    if not rate > 0:
+        raise ValueError(f"rate is {rate}; pruned weights fade at a rate above 0")
     if exponential and end is None:
         raise ValueError("an exponential decay never reaches 0; give the step from which masks are exact, end=...")
 
@@ -171,6 +174,8 @@ def sdgf(n, m, *, begin=0, every, geometric=False, share=1) -> Algorithm:
         >>> [round(float(16 * (1 - algorithm.sparsity(step)))) for step in (0, 100, 200, 300, 400)]
         [15, 8, 4, 2, 1]
     """
+    if every < 1:
+        raise ValueError(f"every is {every}; a stage takes 1 or more steps")
     if geometric:
         widths = (8, 4, 2, 1)
         stages = tuple((begin + index * every, NM(w * n, w * m, share=share)) for index, w in enumerate(widths))
@@ -219,6 +224,8 @@ def top_kast(
     Raises:
         ValueError: fewer weights would be trained than are seen.
     """
+    for value in (sparsity, backward_sparsity):
+        exact_fraction(value)
     if backward_sparsity > sparsity:
         raise ValueError(
             f"backward_sparsity={backward_sparsity} exceeds sparsity={sparsity}; what is seen must be trained"

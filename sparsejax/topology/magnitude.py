@@ -81,7 +81,7 @@ def cubic_sparsity(final, *, begin, end, initial=0.0):
         [0.0, 0.2439, 0.7875, 0.9]
     """
     for sparsity in (final, initial):
-        if not isinstance(sparsity, jax.Array):
+        if not isinstance(sparsity, jax.Array):  # no schedule either: this is one
             exact_fraction(sparsity)
     if end < begin:
         raise ValueError(f"masks would never move: end={end} is before begin={begin}")
@@ -198,6 +198,8 @@ def cyclic(
         The algorithm, for `sparsify`.
     """
     half = period // 2
+    if cycles < 1 or update_every < 1 or period < 2:
+        raise ValueError(f"cycles is {cycles}, period {period} and update_every {update_every}; none can be so few")
     if period % 2 or half % update_every:
         raise ValueError(f"update_every={update_every} does not divide half a period of {period} steps")
     climb = cubic_sparsity(sparsity, begin=0, end=half)

@@ -27,11 +27,13 @@ def magnitude(params, grads, masks, key, data):
 
 def gradient(params, grads, masks, key, data):
     """|dL/dw|, what RigL grows by (Evci et al. 2020, arXiv:1911.11134, eq. 1)."""
+    _require_gradients("gradient", grads)
     return jax.tree.map(jnp.abs, grads)
 
 
 def saliency(params, grads, masks, key, data):
     """|w dL/dw|, the first-order change of the loss when w is removed (Lee et al. 2019, arXiv:1810.02340)."""
+    _require_gradients("saliency", grads)
     return jax.tree.map(lambda w, g: jnp.abs(w * g), params, grads)
 
 
@@ -41,7 +43,7 @@ def random(params, grads, masks, key, data):
     def draw(path, w):
         leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
         # The sum takes the sharding of w; the numbers do not depend on it.
-        return jax.random.uniform(leaf_key, jnp.shape(w)) + jnp.zeros_like(w, dtype=jnp.float32)
+        return jax.random.uniform(leaf_key, jnp.shape(w), jnp.float32) + jnp.zeros_like(w, dtype=jnp.float32)
 
     return map_with_names(draw, params)
 
@@ -49,3 +51,11 @@ def random(params, grads, masks, key, data):
 def memory(params, grads, masks, key, data):
     """The tree that the algorithm's memory keeps, such as movement pruning's learned scores."""
     return data
+
+
+def _require_gradients(name: str, grads) -> None:
+    if grads is None:
+        raise ValueError(
+            f"the score {name} needs gradients, and there are no gradients before training; start with scores.random "
+            "or scores.magnitude, or choose masks first: from_masks(sparsejax.snip(...))"
+        )

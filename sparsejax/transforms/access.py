@@ -87,11 +87,14 @@ def mask_params(params, opt_state):
         8
     """
     masks = dict(named_leaves(masks_of(opt_state)))
-    known = {path for path, _ in named_leaves(params)}
-    lost = [path for path in masks if path not in known]
-    if lost:
-        raise ValueError(f"the parameters lack the masked leaves {lost[:5]}; they have {sorted(known)[:5]}")
+    _require_masked(dict(named_leaves(params)), masks_of(opt_state))
     return map_with_names(lambda path, p: jnp.where(masks[path], p, jnp.zeros_like(p)) if path in masks else p, params)
+
+
+def _require_masked(leaves: dict, masks) -> None:
+    lost = [path for path, _ in named_leaves(masks) if path not in leaves]
+    if lost:
+        raise ValueError(f"the parameters lack the masked leaves {lost[:5]}; they have {sorted(leaves)[:5]}")
 
 
 def finalize(params, opt_state):
@@ -149,6 +152,14 @@ def check(params, opt_state) -> Health:
     states = sparsify_states(opt_state)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves.values()):
         raise ValueError("check looks at values; call it outside of jit")
+    for path, p in leaves.items():
+        off = int(jnp.sum(~jnp.isfinite(p))) if jnp.issubdtype(jnp.result_type(p), jnp.inexact) else 0
+        if off:
+            raise ValueError(
+                f"{path}: {off} values are not finite; masks cannot mend them. Wrap the optimizer, "
+                "optax.apply_if_finite(sparsify(...), n), or restore an earlier checkpoint"
+            )
+    _require_masked(leaves, masks_of(opt_state))
     nnz = 0
     for state in states:
         started = int(state.mask_step) > 0
@@ -157,11 +168,6 @@ def check(params, opt_state) -> Health:
             p = leaves[path]
             kept = int(jnp.sum(mask))
             nnz += kept
-            if not bool(jnp.all(jnp.isfinite(p))):
-                raise ValueError(
-                    f"{path}: {int(jnp.sum(~jnp.isfinite(p)))} values are not finite; masks cannot mend them. Wrap the "
-                    "optimizer, optax.apply_if_finite(sparsify(...), n), or restore an earlier checkpoint"
-                )
             off = int(jnp.sum((p != 0) & ~mask))
             if off and started and not soft:
                 raise ValueError(

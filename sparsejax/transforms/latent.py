@@ -1,11 +1,14 @@
 """The step of algorithms that keep dense weights under the mask: the user's parameters are a view of those."""
 
 import dataclasses
+import math
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from sparsejax.masks.counts import exact_fraction
 from sparsejax.masks.rules import resolve
 from sparsejax.topology.algorithm import Algorithm
 from sparsejax.topology.engine import move_masks, start_masks
@@ -29,8 +32,7 @@ def init_latent(algorithm: Algorithm, rules, plan, params):
     masks = start_masks(first, _plan(algorithm, first, rules, plan, params), params, data.get("memory"))
     latent = map_sparse(lambda m, p: _copy(p), masks, params, dense=no_leaf)
     if algorithm.backward_sparsity is not None:
-        backward = dataclasses.replace(first, sparsity=algorithm.backward_sparsity)
-        data["trainable"] = start_masks(backward, plan, params, data.get("memory"))
+        data["trainable"] = start_masks(*_trained_set(first, plan), params, data.get("memory"))
     if algorithm.softness is not None:
         data["softness"] = jnp.asarray(algorithm.softness(0), jnp.float32)
     return masks, latent, data
@@ -60,8 +62,8 @@ def update_latent(algorithm: Algorithm, rules, plan, inner, grads, state, params
         masks = _choose(algorithm, rules, plan, dense, grads, state.masks, data.get("memory"), step)
         trainable = data.get("trainable")
         if trainable is not None:
-            backward = dataclasses.replace(algorithm, sparsity=algorithm.backward_sparsity)
-            trainable = move_masks(backward, plan, dense, grads, trainable, data.get("memory"), step)
+            trained = _trained_set(algorithm, plan)
+            trainable = move_masks(*trained, dense, grads, trainable, data.get("memory"), step)
         view_is_exact = (state.mask_step > 0) & (data.get("softness", 0.0) == 0)
         return masks, trainable, jnp.where(view_is_exact, count_leaks(params, state.masks), 0)
 
@@ -87,6 +89,19 @@ def update_latent(algorithm: Algorithm, rules, plan, inner, grads, state, params
     )
     latent = map_sparse(lambda m, w: w, masks, dense, dense=no_leaf)
     return emitted, masks, inner_state, latent, data, leaks
+
+
+def _trained_set(algorithm: Algorithm, plan):
+    """Algorithm and plan of the larger set of weights that are trained; N:M groups keep more than n of it."""
+    density = 1 - exact_fraction(algorithm.backward_sparsity)
+
+    def widen(leaf):
+        if leaf.structure is None or leaf.structure.fixed_density is None:
+            return leaf
+        n = max(leaf.structure.n, math.ceil((density - Fraction(1, 1_000_000)) * leaf.structure.m))
+        return dataclasses.replace(leaf, structure=dataclasses.replace(leaf.structure, n=n))
+
+    return dataclasses.replace(algorithm, sparsity=algorithm.backward_sparsity), tuple(map(widen, plan))
 
 
 def _to_view(mask, p, dense, softness):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sparsejax.masks.budget import count_units
 from sparsejax.masks.sequence import after
 from sparsejax.topology.algorithm import NEVER, Algorithm
 from sparsejax.topology.engine import move_masks, plan_leaves, start_masks
@@ -91,6 +92,8 @@ def sparsify(
 
     def init(params):
         plan = plan_leaves(params, algorithm, rules)
+        if moves:  # what does not fit is known now, not only when masks first move
+            jax.eval_shape(lambda: count_units(plan, algorithm.distribution, algorithm.sparsity_at(0)).layers)
         if algorithm.latent:
             masks, latent, data = init_latent(algorithm, rules, plan, params)
         else:

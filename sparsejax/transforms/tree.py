@@ -102,6 +102,7 @@ def keep_moments(optimizer, state, keep):
 def check_trees(grads, masks, params) -> None:
     """Raises `ValueError` naming the leaves in which gradients, masks and parameters do not match."""
     shapes = {path: jnp.shape(leaf) for path, leaf in named_leaves(params)}
+    kind = _kind(params)
     for name, tree in (("gradients", grads), ("masks in the optimizer state", masks)):
         found = {path: jnp.shape(leaf) for path, leaf in named_leaves(tree)}
         extra = [path for path in found if path not in shapes]
@@ -113,7 +114,16 @@ def check_trees(grads, masks, params) -> None:
         for path, shape in found.items():
             if shape != shapes[path]:
                 raise ValueError(f"{path}: the {name} have shape {shape}, the parameter has {shapes[path]}")
+        if found.keys() == shapes.keys() and _kind(tree) != kind:
+            raise ValueError(
+                f"the {name} and the parameters are trees of different kinds, {_kind(tree)} and {kind}: the "
+                "optimizer, the gradients and the parameters must come from one and the same kind of tree"
+            )
     masked = {path for path, _ in named_leaves(masks)}
     missing = [path for path in shapes if path in masked and path not in {p for p, _ in named_leaves(grads)}]
     if missing:
         raise ValueError(f"no gradients for the sparse leaves {missing[:5]}; leave them dense, rules={{path: None}}")
+
+
+def _kind(tree):
+    return jax.tree.structure(tree, is_leaf=lambda node: node is None or is_masked_node(node))
