@@ -5,9 +5,7 @@ from typing import Literal
 import jax
 
 import sparsejax
-from experiments.experiment import UsageError
-from sparsejax.topology.at_init import grasp, snip
-from sparsejax.topology.synflow import synflow
+from experiments.experiment import UsageError, mean_loss
 
 Name = Literal[
     "dense",
@@ -140,14 +138,13 @@ def make_algorithm(name: Name, config, *, seed=0, masks=None) -> sparsejax.Algor
     raise UsageError(f"no algorithm is called {name!r}; known are {', '.join(Name.__args__)}")
 
 
-def find_masks(name: Name, config, params, loss, apply, batches):
+def find_masks(name: Name, config, params, apply, batches):
     """Masks found before training, on a few batches.
 
     Args:
         name: one of `BEFORE_TRAINING`.
         config: a configuration.
         params: the initial parameters.
-        loss: `loss(params, batch) -> scalar`.
         apply: `apply(params, inputs) -> logits`.
         batches: `[(inputs, targets)]`.
 
@@ -157,5 +154,12 @@ def find_masks(name: Name, config, params, loss, apply, batches):
     options = {"rules": rules_of(config), "structure": structure_of(config)}
     if name == "synflow":
         example = jax.tree.map(lambda x: x[:1], batches[0][0])
-        return synflow(apply, params, example, config.sparsity, **options)
-    return {"snip": snip, "grasp": grasp}[name](loss, params, batches, config.sparsity, **options)
+        return sparsejax.synflow(apply, params, example, config.sparsity, **options)
+    # GraSP's authors divide the logits by 200: without it the scores depend on how sure the untrained network is.
+    method, temperature = {"snip": (sparsejax.snip, 1), "grasp": (sparsejax.grasp, 200)}[name]
+
+    def loss(params, batch):
+        inputs, targets = batch
+        return mean_loss(apply(params, inputs) / temperature, targets)
+
+    return method(loss, params, batches, config.sparsity, **options)

@@ -49,7 +49,7 @@ def train(variant: Variant, folder: Path, seed: int, *, resume: bool, progress: 
             variant.forward, variant.sizes, variant.algorithm(), config.batch_size, saved["training_flops"]
         )
         log = MetricsLog(folder / "metrics.jsonl", after=step if resumed else None)
-        started = time.monotonic() - (log.records[-1].get("seconds", 0.0) if log.records else 0.0)
+        started = time.monotonic() - (log.last("train")["seconds"] if step else 0.0)
         before = _copy(variant.masks(state))
         bar = tqdm(total=config.steps, initial=step, desc=f"{variant.name:>10} seed {seed}", disable=not progress)
         with log, bar:
@@ -72,6 +72,7 @@ def train(variant: Variant, folder: Path, seed: int, *, resume: bool, progress: 
                 if _due(step, config.save_every, config):
                     saved = {"train": state, "training_flops": flops.total}
                     checkpoints.save(step, saved, data, overwrite=True)
+            checkpoints.wait()  # what is finished is on disk
             return _log_final(log, variant, state, flops, round(time.monotonic() - started, 3))
 
 

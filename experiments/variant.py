@@ -116,7 +116,6 @@ class Variant:
                 self.name,
                 self.config,
                 params,
-                lambda p, batch: mean_loss(self.apply(p, rest, batch[0]), batch[1]),
                 lambda p, inputs: self.apply(p, rest, inputs),
                 [inputs_and_targets(next(data)) for _ in range(4)],
             )

@@ -51,7 +51,7 @@ class Config:
     # bytes that a prediction can look back on
     length: int = 128
     # optimizer steps
-    steps: int = 1500
+    steps: int = 1000
     # windows in a step
     batch_size: int = 16
     # peak of the learning rate, reached after the warm-up, then decayed to a tenth by a cosine
