@@ -40,13 +40,15 @@ def unit_grid(leaf: LeafPlan) -> tuple[int, ...]:
     return leaf.structure.grid(leaf.roles.matrix_shape(leaf.shape)[-2:])
 
 
-def count_units(plan: tuple[LeafPlan, ...], distribution, sparsity) -> Counts:
+def count_units(plan: tuple[LeafPlan, ...], distribution, sparsity, final=None) -> Counts:
     """Counts the units that each sparse leaf of a plan keeps.
 
     Args:
         plan: what `resolve` returned.
         distribution: shares the sparsity out over layers.
         sparsity: a Python number, counted exactly as written; or an array, traced or not, rounded to parts per million.
+        final: what a moving sparsity ends at; a leaf to which a rule gives a sparsity of its own gets there in the same
+            proportion. None: it is there.
 
     Returns:
         The `Counts`. For a Python number they are Python ints and sum to the exact total; for an array they are int32
@@ -66,7 +68,8 @@ def count_units(plan: tuple[LeafPlan, ...], distribution, sparsity) -> Counts:
     for leaf in sparse:
         names = list(leaf.layer_shapes)
         if fixed[leaf.path] is not None:
-            layers[leaf.path] = _fixed_count(leaf, fixed[leaf.path], math.prod(unit_grid(leaf)), sparsity, static)
+            done = 1.0 if static or final is None else _progress(sparsity, final)
+            layers[leaf.path] = _fixed_count(leaf, fixed[leaf.path], math.prod(unit_grid(leaf)), sparsity, done)
         elif names[0] in pool_names:
             pool.append(leaf.path)
         elif leaf.roles.batch_axes:
@@ -83,7 +86,8 @@ def count_units(plan: tuple[LeafPlan, ...], distribution, sparsity) -> Counts:
                 f"one threshold over {total} units overflows 32-bit counts; use a distribution with per-layer shares, "
                 "or give some leaves their own sparsity with rules"
             )
-        pooled = keep_count(total, sparsity) if static else share(total, _MILLION - to_ppm(sparsity))
+        pooled = max(1, keep_count(total, sparsity)) if static else share(total, _MILLION - to_ppm(sparsity))
+        pooled = pooled if static else jnp.maximum(pooled, 1)
     return Counts(layers, pooled, tuple(pool))
 
 
@@ -97,11 +101,20 @@ def _fixed_sparsity(leaf: LeafPlan):
     return leaf.sparsity
 
 
-def _fixed_count(leaf: LeafPlan, own, units: int, sparsity, static: bool):
+def _progress(sparsity, final):
+    """How far a moving sparsity is on its way, from 0 to 1; NaN, which prunes nothing, is at 0."""
+    share = jnp.where(jnp.asarray(final) > 0, sparsity / jnp.maximum(final, 1e-6), 1.0)
+    return jnp.clip(jnp.where(jnp.isnan(share), 0.0, share), 0.0, 1.0)
+
+
+def _fixed_count(leaf: LeafPlan, own, units: int, sparsity, done):
     if leaf.structure.fixed_density is None:
-        return max(1, keep_count(units, own))
+        kept = max(1, keep_count(units, own))
+        if isinstance(done, float):
+            return kept
+        return jnp.where(done == 1, kept, jnp.maximum(share(units, _MILLION - to_ppm(float(own) * done)), 1))
     groups = units // leaf.structure.m
-    if static:
+    if not isinstance(sparsity, jax.Array):
         return groups * leaf.structure.n
     # N:M groups are only ever as sparse as n of m; a sparsity still on its way there keeps more of each group. One part
     # per million of slack takes up the rounding of sparsities such as 1/3.

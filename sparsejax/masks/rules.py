@@ -1,5 +1,6 @@
 """Which leaves become sparse, in which structure and how much: ordered globs, resolved into a plan that can be read."""
 
+import collections
 import dataclasses
 import fnmatch
 import math
@@ -34,7 +35,14 @@ class Rule:
     named: bool = False
 
     def matches(self, glob: str, path: str, ndim: int) -> bool:
-        return fnmatch.fnmatchcase(path, glob) and self.ndim in (None, ndim)
+        """Whether the rule concerns a leaf: users' globs are held against the whole name, defaults against its end."""
+        if self.ndim not in (None, ndim):
+            return False
+        if self.named:
+            return fnmatch.fnmatchcase(path, glob)
+        globs, parts = glob.split("/"), path.split("/")
+        tail = parts[len(parts) - len(globs) :] if len(parts) >= len(globs) else None
+        return tail is not None and all(map(fnmatch.fnmatchcase, tail, globs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +64,7 @@ class Rules:
 
         Args:
             rules: a mapping (or a sequence of pairs) from globs to `None` (leave dense), a sparsity, a structure,
-                `Roles` or a `Rule`.
+                `Roles` (or a function from the number of axes to roles, such as `convolution_roles`) or a `Rule`.
         """
         pairs = rules.items() if isinstance(rules, Mapping) else rules
         return Rules(self.entries + tuple((glob, _as_rule(glob, value)) for glob, value in pairs))
@@ -75,6 +83,8 @@ def _as_rule(glob: str, value) -> Rule:
         except (TypeError, ValueError) as error:
             raise type(error)(f"rules[{glob!r}]: {error}") from None
         return Rule(dense=False, sparsity=value, named=True)
+    if callable(value):
+        return Rule(roles=value, named=True)
     if hasattr(value, "fixed_density"):
         return Rule(dense=False, structure=value, named=True)
     raise ValueError(
@@ -92,18 +102,23 @@ def _stacked(roles: Roles) -> Roles:
 
 
 def _names(*globs: str, **fields) -> tuple[tuple[str, Rule], ...]:
-    return tuple((pattern, Rule(**fields)) for glob in globs for pattern in (glob, f"*/{glob}"))
+    return tuple((glob, Rule(**fields)) for glob in globs)
+
+
+# Rows of a matrix that are looked up or learned as they are, by the names that vision and language models give them.
+_TABLES = ("*embedding*", "*pos_embed*", "pos", "pos_*", "position*", "cls", "cls_*", "*_token", "*_tokens")
 
 
 flax_rules = Rules(
     (
         ("*", Rule(roles=LINEAR, ndim=2)),
-        *(entry for n in (3, 4, 5) for entry in _names("*[cC]onv*/kernel", roles=convolution_roles, ndim=n)),
+        # A kernel of five axes may be a convolution in three dimensions or a stack of two-dimensional ones: no default.
+        *(entry for n in (3, 4) for entry in _names("*[cC]onv*/kernel", roles=convolution_roles, ndim=n)),
         *_names("query/kernel", "key/kernel", "value/kernel", roles=_ATTENTION_IN, ndim=3),
         *_names("query/kernel", "key/kernel", "value/kernel", roles=_stacked(_ATTENTION_IN), ndim=4),
         *_names("out/kernel", roles=_ATTENTION_OUT, ndim=3),
         *_names("out/kernel", roles=_stacked(_ATTENTION_OUT), ndim=4),
-        *_names("bias", "*_bias", "scale", "*embedding*", "*pos_embed*", dense=True),
+        *_names("bias", "*_bias", "scale", *_TABLES, dense=True),
     )
 )
 """Defaults for Flax (NNX and linen) and for plain trees laid out in x out."""
@@ -112,7 +127,7 @@ equinox_rules = Rules(
     (
         ("*", Rule(roles=LINEAR_OUT_IN, ndim=2)),
         *(entry for n in (3, 4, 5) for entry in _names("weight", roles=convolution_roles_out_in, ndim=n)),
-        *_names("bias", "*norm*/weight", "*embed*/weight", "*embedding*", dense=True),
+        *_names("bias", "*norm*/weight", "*embed*/weight", *_TABLES, dense=True),
     )
 )
 """Defaults for Equinox and other trees laid out out x in."""
@@ -167,15 +182,15 @@ def resolve(params, rules=None, structure=None) -> tuple[LeafPlan, ...]:
         One `LeafPlan` for each leaf, in the order of the tree.
 
     Raises:
-        ValueError: a rule matches no leaf; a leaf of three or more axes has no roles; a structure does not fit its
-            leaf; no leaf is sparse.
+        ValueError: two leaves have one name; a rule matches no leaf; a leaf of three or more axes has no roles; a
+            structure does not fit its leaf; no leaf is sparse.
 
     Example:
         >>> import jax.numpy as jnp
         >>> from sparsejax.masks.unstructured import Unstructured
         >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}}
         >>> [(leaf.path, leaf.reason) for leaf in resolve(params, structure=Unstructured())]
-        [('dense/bias', 'dense: by default (*/bias)'), ('dense/kernel', 'sparse')]
+        [('dense/bias', 'dense: by default (bias)'), ('dense/kernel', 'sparse')]
     """
     if rules is None:
         rules = flax_rules
@@ -183,6 +198,11 @@ def resolve(params, rules=None, structure=None) -> tuple[LeafPlan, ...]:
         rules = flax_rules.extend(rules)
     leaves = named_leaves(params)
     used = set()
+    twice = [path for path, count in collections.Counter(path for path, _ in leaves).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"two leaves are named {twice[0]!r}: masks are kept by name; rename one, or take '/' out of its key"
+        )
     plan = tuple(_resolve_leaf(path, leaf, rules, structure, used) for path, leaf in leaves)
     if not leaves:  # optax maps over states with a placeholder that has no leaves
         return plan
@@ -229,8 +249,8 @@ def _resolve_leaf(path: str, leaf, rules: Rules, structure, used: set[int]) -> L
     if roles is None:
         raise ValueError(
             f"{path}: a leaf of {len(shape)} axes, shape {shape}, whose axes no rule names; say which are inputs and "
-            f"outputs, rules={{{path!r}: sparsejax.Roles(in_axes=..., out_axes=...)}}, or leave it dense, "
-            f"rules={{{path!r}: None}}"
+            f"outputs, rules={{{path!r}: sparsejax.Roles(in_axes=..., out_axes=...)}} (for a convolution kernel, "
+            f"rules={{{path!r}: sparsejax.convolution_roles}}), or leave it dense, rules={{{path!r}: None}}"
         )
     roles = roles if isinstance(roles, Roles) else roles(len(shape))
     roles.check(shape, path)

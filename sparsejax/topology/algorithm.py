@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sparsejax.masks.counts import exact_fraction
@@ -38,6 +39,12 @@ class UpdateSteps:
     end: int | None
 
     def __post_init__(self):
+        for name in ("begin", "every", "end"):
+            step = getattr(self, name)
+            if isinstance(step, float):
+                if not step.is_integer():
+                    raise ValueError(f"{name} is {step}; steps are whole numbers, write int(...)")
+                object.__setattr__(self, name, int(step))
         if self.every < 1:
             raise ValueError(f"update_every is {self.every}; masks move every 1 or more steps")
         if self.begin < 0:
@@ -61,6 +68,17 @@ def check_drop_fraction(share) -> None:
     """Raises `ValueError` for a number outside [0, 1]; schedules and arrays are clipped when they are read."""
     if isinstance(share, numbers.Real) and not 0 <= share <= 1:
         raise ValueError(f"drop_fraction is {share}; it is a share in [0, 1] of the active weights")
+
+
+def check_density(sparsity, structure) -> None:
+    """Raises `ValueError` for a number that contradicts a structure which fixes the sparsity."""
+    own = structure.fixed_density
+    if own is None or callable(sparsity) or isinstance(sparsity, jax.Array):
+        return
+    if abs(1 - exact_fraction(sparsity) - own) > 1e-6:
+        raise ValueError(
+            f"sparsity {sparsity} contradicts {structure}, whose sparsity is {float(1 - own):.6g}; give that one"
+        )
 
 
 NEVER = UpdateSteps(begin=2**31 - 1, every=1, end=2**31 - 1)
@@ -141,6 +159,12 @@ class Algorithm:
     def __post_init__(self):
         check_sparsity(self.sparsity)
         check_drop_fraction(self.drop_fraction)
+        if not callable(self.distribution):
+            raise TypeError(f"distribution is {self.distribution!r}; give a function such as sparsejax.uniform")
+        if not hasattr(self.structure, "fixed_density"):
+            raise TypeError(f"structure is {self.structure!r}; give one such as sparsejax.Unstructured() or NM(2, 4)")
+        if not isinstance(self.seed, (numbers.Integral, jax.Array)):
+            raise TypeError(f"seed is {self.seed!r}; it is a whole number")
         if self.backward_sparsity is not None:
             check_sparsity(self.backward_sparsity)
         for name in ("backward_sparsity", "softness", "stages"):
@@ -155,6 +179,11 @@ class Algorithm:
     def sparsity_at(self, step):
         """The sparsity at a step; a Python number stays one."""
         return jnp.asarray(self.sparsity(step)) if callable(self.sparsity) else self.sparsity
+
+    @property
+    def final_sparsity(self):
+        """The sparsity from the last update on; that of a schedule without an end is read far out."""
+        return self.sparsity_at(np.int32(2**30 if self.steps.end is None else self.steps.end))
 
     def drop_fraction_at(self, step):
         """The share of active units that is swapped at a step."""

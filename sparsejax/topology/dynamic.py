@@ -6,7 +6,7 @@ import optax
 from sparsejax.masks.distributions import erdos_renyi_kernel, global_
 from sparsejax.masks.unstructured import Unstructured
 from sparsejax.topology import scores
-from sparsejax.topology.algorithm import Algorithm, UpdateSteps, check_drop_fraction, check_sparsity
+from sparsejax.topology.algorithm import Algorithm, UpdateSteps, check_density, check_drop_fraction, check_sparsity
 from sparsejax.topology.magnitude import cubic_sparsity
 
 
@@ -109,6 +109,7 @@ def dynamic(
     begin = update_every if begin is None else begin
     end = None
     if stop is not None:
+        stop = int(stop)  # three quarters of the training may come as a float
         if stop <= begin:
             raise ValueError(
                 f"masks would never move: they first move at step {begin} and stop at {stop}; "
@@ -234,6 +235,7 @@ def granet(
         The algorithm, for `sparsify`.
     """
     check_drop_fraction(drop_fraction)
+    check_density(sparsity, structure)
     stop = end if stop is None else stop
     if stop < end:
         raise ValueError(f"stop={stop} is before end={end}, where pruning reaches the target")
@@ -259,7 +261,7 @@ def ac_dc(
     zeros, with all moments of the optimizer reset, for `phase` steps, and so on; compressed for good from `end` on.
 
     Args:
-        sparsity: fraction of zeros in compressed phases.
+        sparsity: fraction of zeros in compressed phases, counted in parts per million.
         begin: step of the first compression.
         phase: steps of a phase.
         end: step of the last compression.
@@ -277,6 +279,7 @@ def ac_dc(
     """
 
     check_sparsity(sparsity)
+    check_density(sparsity, structure)
     if phase < 1:
         raise ValueError(f"phase is {phase}; a phase takes 1 or more steps")
 

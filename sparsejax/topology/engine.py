@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import optax
 
 from sparsejax.masks.budget import Counts, count_units
-from sparsejax.masks.counts import exact_fraction, share_floor, to_ppm
+from sparsejax.masks.counts import share_floor, to_ppm
 from sparsejax.masks.layout import match_sharding
 from sparsejax.masks.paths import map_with_names, named_leaves
 from sparsejax.masks.rules import LeafPlan, resolve
 from sparsejax.masks.select import select_top, select_top_global
 from sparsejax.masks.sequence import after
 from sparsejax.masks.unstructured import Unstructured
-from sparsejax.topology.algorithm import NEVER, Algorithm
+from sparsejax.topology.algorithm import NEVER, Algorithm, check_density
 
 
 def plan_leaves(params, algorithm: Algorithm, rules=None) -> tuple[LeafPlan, ...]:
@@ -22,7 +22,7 @@ def plan_leaves(params, algorithm: Algorithm, rules=None) -> tuple[LeafPlan, ...
         ValueError: as `resolve`; and where a starting mask does not fit its leaf.
     """
     if algorithm.masks is None or not named_leaves(params):
-        _check_density(algorithm)
+        check_density(algorithm.sparsity, algorithm.structure)
         return resolve(params, rules, algorithm.structure)
     given = dict(named_leaves(algorithm.masks))
     never = algorithm.steps == NEVER
@@ -44,17 +44,6 @@ def plan_leaves(params, algorithm: Algorithm, rules=None) -> tuple[LeafPlan, ...
         else:
             merged.append(leaf)
     return tuple(merged)
-
-
-def _check_density(algorithm) -> None:
-    own = algorithm.structure.fixed_density
-    if own is None or algorithm.moving:
-        return
-    if abs(1 - exact_fraction(algorithm.sparsity) - own) > 1e-6:
-        raise ValueError(
-            f"sparsity {algorithm.sparsity} contradicts {algorithm.structure}, whose sparsity is {float(1 - own):.6g}; "
-            "give that one"
-        )
 
 
 def _resolved_or_dense(params, algorithm, rules, never: bool):
@@ -83,7 +72,8 @@ def start_masks(algorithm: Algorithm, plan: tuple[LeafPlan, ...], params, data=N
     if algorithm.start is None:
         return dense
     values = jax.tree.map(lambda p: jnp.zeros_like(p) if isinstance(p, jax.ShapeDtypeStruct) else p, params)
-    counts = count_units(plan, algorithm.start_distribution or algorithm.distribution, algorithm.sparsity_at(0))
+    distribution = algorithm.start_distribution or algorithm.distribution
+    counts = count_units(plan, distribution, algorithm.sparsity_at(0), algorithm.final_sparsity)
     views = {path: UnitView(planned[path]) for path, _ in named_leaves(dense)}
     units = _unit_scores(algorithm.start, views, values, None, dense, random_key(algorithm, 0), data)
     chosen = choose_units(views, counts, units, dict.fromkeys(views))
@@ -107,7 +97,7 @@ def move_masks(algorithm: Algorithm, plan: tuple[LeafPlan, ...], params, grads, 
     """
     planned = {leaf.path: leaf for leaf in plan}
     views = {path: UnitView(planned[path]) for path, _ in named_leaves(masks)}
-    counts = count_units(plan, algorithm.distribution, algorithm.sparsity_at(step))
+    counts = count_units(plan, algorithm.distribution, algorithm.sparsity_at(step), algorithm.final_sparsity)
     key = random_key(algorithm, step)
     drop_key, grow_key = jax.random.split(key)
 

@@ -8,7 +8,7 @@ from sparsejax.masks.counts import exact_fraction
 from sparsejax.masks.distributions import global_, uniform
 from sparsejax.masks.unstructured import Unstructured
 from sparsejax.topology import scores
-from sparsejax.topology.algorithm import Algorithm, UpdateSteps
+from sparsejax.topology.algorithm import Algorithm, UpdateSteps, check_density
 
 
 def magnitude(
@@ -104,8 +104,8 @@ def gradual(
 ) -> Algorithm:
     """Gradual magnitude pruning on the cubic schedule (Zhu & Gupta 2017, arXiv:1710.01878).
 
-    Masks move at `begin`, every `update_every` steps after it, and at `end`, where the target is reached exactly. Masks
-    are nested: a pruned weight is zero, its moments stay as they are, and it never returns.
+    Masks move at `begin`, every `update_every` steps after it, and at `end`, where the target is reached, counted in
+    parts per million. Masks are nested: a pruned weight is zero, its moments are zeroed, and it never returns.
 
     Args:
         sparsity: the final fraction of zeros, in [0, 1).
@@ -126,6 +126,7 @@ def gradual(
         >>> [step for step in range(120) if algorithm.steps.due(step)]
         [0, 30, 60, 90, 100]
     """
+    check_density(sparsity, structure)
     return Algorithm(
         sparsity=cubic_sparsity(sparsity, begin=begin, end=end, initial=initial),
         steps=UpdateSteps(begin, update_every, end),
@@ -202,6 +203,7 @@ def cyclic(
         raise ValueError(f"cycles is {cycles}, period {period} and update_every {update_every}; none can be so few")
     if period % 2 or half % update_every:
         raise ValueError(f"update_every={update_every} does not divide half a period of {period} steps")
+    check_density(sparsity, structure)
     climb = cubic_sparsity(sparsity, begin=0, end=half)
 
     def at(step):

@@ -13,6 +13,8 @@ from sparsejax.masks.rules import LeafPlan
 from sparsejax.topology.algorithm import NEVER, Algorithm
 from sparsejax.topology.engine import plan_leaves
 
+_FOR_EVER = 2**30
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -51,6 +53,8 @@ class Plan:
             lines.append(f"pooled leaves share {self.pooled_nnz:,} units under one threshold")
         if self.first is None:
             lines.append("masks are chosen before the first step and never move")
+        elif self.updates == 1:
+            lines.append(f"masks move once, at step {self.first}")
         elif self.updates is None:
             lines.append(f"masks move first at step {self.first} and until training ends")
         else:
@@ -78,11 +82,11 @@ def plan(params, algorithm: Algorithm, rules=None, *, steps: int | None = None) 
         >>> import jax.numpy as jnp, sparsejax
         >>> params = {"dense": {"kernel": jnp.ones((64, 32)), "bias": jnp.ones(32)}}
         >>> print(plan(params, sparsejax.gradual(0.9, begin=0, end=1000)))
-        path          shape  structure                   axes    sparsity  nnz
-        ──────────────────────────────────────────────────────────────────────
-        dense/bias    32     dense: by default (*/bias)  -              -    -
-        dense/kernel  64×32  Unstructured()              in out   89.99 %  205
-        ──────────────────────────────────────────────────────────────────────
+        path          shape  structure                 axes    sparsity  nnz
+        ────────────────────────────────────────────────────────────────────
+        dense/bias    32     dense: by default (bias)  -              -    -
+        dense/kernel  64×32  Unstructured()            in out   89.99 %  205
+        ────────────────────────────────────────────────────────────────────
         masks move 11 times, from step 0 to step 1000
     """
     leaves = plan_leaves(params, algorithm, rules)
@@ -98,12 +102,14 @@ def plan(params, algorithm: Algorithm, rules=None, *, steps: int | None = None) 
             f"the sparsity schedule ends at step {end}, but training ends after {steps} steps, so that the target "
             "would never be reached; choose an earlier end"
         )
+    if steps is not None and end is None:
+        _require_arrival(algorithm, steps)
     sparse = {leaf.path: leaf for leaf in leaves if leaf.structure is not None}
     if algorithm.masks is not None:
         nnz, pooled = {path: int(np.sum(mask)) for path, mask in named_leaves(algorithm.masks)}, None
     else:
-        horizon = end if end is not None else (steps or begin)
-        counts = count_units(leaves, algorithm.distribution, algorithm.sparsity_at(np.int32(horizon)))
+        final = algorithm.sparsity_at(np.int32(_FOR_EVER if end is None else end))
+        counts = count_units(leaves, algorithm.distribution, final)
         nnz = {path: _elements(sparse[path], count) for path, count in counts.layers.items()}
         pooled = None if counts.pooled is None else int(counts.pooled)
     return Plan(
@@ -116,10 +122,26 @@ def plan(params, algorithm: Algorithm, rules=None, *, steps: int | None = None) 
     )
 
 
+def _require_arrival(algorithm: Algorithm, steps: int) -> None:
+    last = np.int32(steps - 1)
+    if algorithm.moving:
+        reached, final = (float(algorithm.sparsity_at(step)) for step in (last, np.int32(_FOR_EVER)))
+        if abs(reached - final) > 1e-6:
+            raise ValueError(
+                f"the sparsity schedule has reached {reached:.6g} when training ends after {steps} steps, not its "
+                f"final {final:.6g}; let it arrive earlier"
+            )
+    if algorithm.softness is not None and float(algorithm.softness(last)) > 0:
+        raise ValueError(
+            f"pruned weights still show with a factor of {float(algorithm.softness(last)):.3g} when training ends "
+            f"after {steps} steps; let them fade out earlier"
+        )
+
+
 def _elements(leaf: LeafPlan, count) -> int:
-    units = math.prod(unit_grid(leaf))
-    layers = max(1, leaf.size // math.prod(leaf.roles.kernel_shape(leaf.shape)))
-    return round(int(np.sum(np.asarray(jax.device_get(count)))) * leaf.size / (units * layers))
+    batch = leaf.roles.batch_shape(leaf.shape)
+    counts = np.broadcast_to(np.asarray(jax.device_get(count)), batch)  # a fixed count is one for all stacked layers
+    return round(int(np.sum(counts)) * leaf.size / (math.prod(unit_grid(leaf)) * math.prod(batch)))
 
 
 def _axes(leaf: LeafPlan) -> str:

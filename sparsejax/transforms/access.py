@@ -179,6 +179,12 @@ def check(params, opt_state) -> Health:
                 raise ValueError(
                     f"{path}: the mask keeps {kept} elements, but was given {target}: the state is damaged"
                 )
+        for path, dense in named_leaves(state.latent):
+            if not bool(jnp.all(jnp.isfinite(dense))):
+                raise ValueError(
+                    f"{path}: {int(jnp.sum(~jnp.isfinite(dense)))} of the dense weights under the mask are not finite; "
+                    "wrap the optimizer, optax.apply_if_finite(sparsify(...), n), or restore an earlier checkpoint"
+                )
         if int(state.leaks):
             raise ValueError(
                 f"{int(state.leaks)} non-zero pruned weights were seen when masks moved; something changes updates "
@@ -189,6 +195,9 @@ def check(params, opt_state) -> Health:
 
 def summary(params, opt_state, *, flops=None) -> Summary:
     """A table of every leaf: target and actual sparsity, non-zeros, FLOPs, simulated or accelerated.
+
+    The target is what the masks were given; the actual figures count what the masks keep and whatever else is not zero,
+    so that a leak, or parameters that have not been masked yet, show.
 
     Args:
         params: the parameters.
@@ -202,4 +211,8 @@ def summary(params, opt_state, *, flops=None) -> Summary:
     targets = {}
     for state in sparsify_states(opt_state):
         targets |= dict(zip([path for path, _ in named_leaves(state.masks)], state.targets.tolist(), strict=True))
-    return summarize(nnx.as_pure(params), masks, targets=targets, flops=flops)
+    params = nnx.as_pure(params)
+    leaves = dict(named_leaves(params))
+    _require_masked(leaves, masks)
+    actual = map_with_names(lambda path, mask: mask | (leaves[path] != 0), masks)
+    return summarize(params, actual, targets=targets, flops=flops)

@@ -85,6 +85,8 @@ def sparsify(
     """
     if not isinstance(algorithm, Algorithm):
         raise TypeError(f"sparsify needs an algorithm such as sparsejax.rigl(0.9), not {algorithm!r}")
+    if not isinstance(inner, optax.GradientTransformation):
+        raise TypeError(f"sparsify wraps an optax optimizer such as optax.adam(1e-3), not {inner!r}")
     inner = _with_extra_args(inner)
     if algorithm.gradient is not None:
         inner = optax.chain(algorithm.gradient, inner)
@@ -145,14 +147,24 @@ def sparsify(
 
 
 def _with_extra_args(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """`optax.with_extra_args_support` that keeps unknown arguments from those that take them in name only."""
+    """`optax.with_extra_args_support` that also keeps arguments from those who say they take any and do not.
+
+    Line searches pass on what they do not know to the user's loss; inside a chain nothing but the attempt tells.
+    """
     inner = optax.with_extra_args_support(inner)
     parameters = inspect.signature(inner.update).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return inner
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
     def update(updates, state, params=None, **extra):
-        return inner.update(updates, state, params, **{name: extra[name] for name in extra if name in parameters})
+        if not takes_any:
+            extra = {name: extra[name] for name in extra if name in parameters}
+        try:
+            return inner.update(updates, state, params, **extra)
+        except TypeError as error:
+            if "masks" not in extra or "'masks'" not in str(error):
+                raise
+            own = {name: extra[name] for name in extra if name not in ("masks", "trainable", "softness")}
+            return inner.update(updates, state, params, **own)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 

@@ -96,7 +96,19 @@ def keep_moments(optimizer, state, keep):
             return moment
         return jnp.where(kept, moment, jnp.zeros_like(moment))
 
-    return optax.tree.map_params(optimizer, zero, state, keep, is_leaf=is_masked_node)
+    try:
+        return optax.tree.map_params(optimizer, zero, state, keep, is_leaf=is_masked_node)
+    except (AttributeError, IndexError, TypeError):
+        # An optimizer whose init looks into the parameters, as line searches do, cannot be mapped by a placeholder.
+        like_params = _kind(keep)
+
+        def same_kind(node):
+            return _kind(node) == like_params
+
+        def zero_tree(node):
+            return jax.tree.map(zero, node, keep, is_leaf=is_masked_node) if same_kind(node) else node
+
+        return jax.tree.map(zero_tree, state, is_leaf=same_kind)
 
 
 def check_trees(grads, masks, params) -> None:
