@@ -29,7 +29,7 @@ demo: $(STAMP)  ## prune and regrow on handwritten digits: table, plots and an H
 	$(BIN)/python -m experiments run digits_dst $(ARGS)
 
 test: $(STAMP)  ## the default test suite with doctests
-	$(BIN)/python -m pytest $(ARGS) tests
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS) tests
 	$(BIN)/python -m pytest -q --doctest-modules sparsejax pallas_kernels experiments
 
 test-slow: $(STAMP)  ## the tests that take minutes each
