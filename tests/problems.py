@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -18,6 +19,7 @@ from flax import nnx
 from sparsejax.masks.block import Block
 from sparsejax.masks.channel import Channel
 from sparsejax.masks.nm import NM
+from sparsejax.masks.paths import named_leaves
 from sparsejax.topology.algorithm import Algorithm
 from sparsejax.topology.dynamic import ac_dc, from_masks, granet, rigl, set_, static
 from sparsejax.topology.latent import mdgf, nm, sdgf, sr_ste, straight_through, top_kast
@@ -60,9 +62,30 @@ def regression_loss(params, x, y):
     return jnp.mean((mlp_apply(params, x) - y) ** 2)
 
 
-def quadratic_loss(params, target=1.0):
-    """Half the squared distance of every floating leaf from `target`."""
-    return sum(0.5 * jnp.sum((leaf - target) ** 2) for leaf in jax.tree.leaves(params))
+# Tiny programs, many of them: what the compiler saves in time is more than they take.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def small_params(dtype=jnp.float32):
+    kernel = jax.random.normal(jax.random.key(0), (8, 8)) / 3
+    return {"kernel": kernel.astype(dtype), "bias": jnp.ones(8, dtype)}
+
+
+def off_mask(params, masks):
+    """Bits of everything off the masks: 0 only for +0.0."""
+    found = 0
+    for path, mask in named_leaves(masks):
+        off = np.asarray(dict(named_leaves(params))[path])[~np.asarray(mask)]
+        found += int(np.count_nonzero(off.view(np.uint8)))
+    return found
+
+
+def nnz(masks):
+    return {path: int(np.sum(mask)) for path, mask in named_leaves(masks)}
+
+
+def typed(leaf):
+    return leaf.shape, leaf.dtype, leaf.weak_type
 
 
 def exact_params():

@@ -246,6 +246,12 @@ def test_everything_dense():
         sparsejax.sparsify(optax.sgd(0.1), sparsejax.rigl(0.5)).init({"gain": jnp.ones(4)})
 
 
+def test_two_leaves_of_one_name():
+    params = {"a/b": jnp.ones((4, 4)), "a": {"b": jnp.ones((8, 8))}}
+    with pytest.raises(ValueError, match="two leaves are named 'a/b'"):
+        sparsejax.sparsify(optax.sgd(0.1), sparsejax.rigl(0.5)).init(params)
+
+
 def test_a_leaf_whose_axes_have_no_roles():
     with pytest.raises(ValueError, match=r"^strange: a leaf of 3 axes, shape \(2, 4, 4\).*rules=\{'strange'"):
         sparsejax.sparsify(optax.sgd(0.1), sparsejax.rigl(0.5)).init({"strange": jnp.ones((2, 4, 4))})

@@ -18,7 +18,7 @@ from sparsejax.topology import scores
 from sparsejax.topology.algorithm import UpdateSteps
 from sparsejax.topology.dynamic import ac_dc, dynamic, from_masks, granet, rigl, set_, static
 from sparsejax.topology.engine import move_masks, plan_leaves, start_masks
-from sparsejax.topology.magnitude import gradual
+from sparsejax.topology.magnitude import cyclic, gradual
 from sparsejax.transforms.sparsify import sparsify
 from tests.problems import exact_grads, exact_params, mlp_params
 from tests.topology.runs import kernel, run, top
@@ -291,3 +291,27 @@ def test_first_masks_are_those_of_a_jitted_start():
             algorithm = rigl(sparsity, **options)
             start = functools.partial(start_masks, algorithm, plan_leaves(params, algorithm))
             chex.assert_trees_all_equal(start(params), jax.jit(start)(params))
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_leaf_with_its_own_sparsity_follows_the_schedule_in_proportion(jit):
+    """Dense where the others are dense, at its own sparsity where they are at theirs."""
+    params = exact_params()
+    rules = {"out/kernel": 0.5}
+    kept = {}
+    for name, algorithm in {
+        "ac_dc": ac_dc(0.75, begin=1, phase=1, end=3),
+        "gradual": gradual(0.75, begin=0, end=4, update_every=2),
+        "cyclic": cyclic(0.75, period=4, cycles=1, update_every=1),
+        "rigl": rigl(0.75, update_every=2, stop=4),
+    }.items():
+        tx = sparsify(optax.sgd(0.25), algorithm, rules=rules)
+        update = jax.jit(tx.update) if jit else tx.update
+        tx = optax.GradientTransformationExtraArgs(tx.init, update)
+        kept[name] = [int(new.masks["out"]["kernel"].sum()) for *_, new in run(tx, params, exact_grads(), 5)]
+    assert kept == {
+        "ac_dc": [128, 64, 128, 64, 64],
+        "gradual": [128, 128, 72, 72, 64],
+        "cyclic": [128, 72, 64, 64, 64],
+        "rigl": [64] * 5,
+    }
