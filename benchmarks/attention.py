@@ -21,8 +21,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 from measure import report
+
 from pallas_kernels.block_sparse_attention import block_sparse_attention, explain, from_tiles
 
 DIM = 64
