@@ -1,5 +1,6 @@
 """The training loop of all experiments: metrics, checkpoints, and exact resumption after any interruption."""
 
+import itertools
 import sys
 import time
 from collections.abc import Iterator
@@ -57,12 +58,13 @@ def train(variant: Variant, folder: Path, seed: int, *, resume: bool, progress: 
                 _log_masks(log, variant, state, step, before)
                 _log_quality(log, variant, state, step)
             for end in _stops(config, step):
-                state, losses, kept = variant.run_steps(
-                    state, _stack(data, end - step, config), jnp.int32(end - step), jnp.uint32(seed)
-                )
-                losses, kept = np.asarray(losses)[: end - step], np.asarray(kept)[: end - step]
+                seen = []
+                for batch in itertools.islice(data, end - step):
+                    state, loss_and_kept = variant.run_step(state, batch, jnp.uint32(seed))
+                    seen.append(loss_and_kept)
+                    bar.update()
+                losses, kept = map(np.stack, zip(*jax.device_get(seen), strict=True))
                 flops.add(step, kept, variant.trainable(state))
-                bar.update(end - step)
                 step = end
                 log.write("train", step, loss=float(losses.mean()), seconds=round(time.monotonic() - started, 3))
                 _log_masks(log, variant, state, step, before)
@@ -96,14 +98,6 @@ def _stops(config, step: int) -> Iterator[int]:
 
 def _due(step: int, every: int, config) -> bool:
     return step % every == 0 or step == config.steps
-
-
-def _stack(data, count: int, config) -> dict[str, np.ndarray]:
-    """The next `count` batches, in arrays with room for the most that one call takes."""
-    room = min(config.log_every, config.eval_every, config.save_every, config.steps)
-    batches = [next(data) for _ in range(count)]
-    batches += batches[-1:] * (room - count)
-    return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
 
 
 def _copy(masks):
