@@ -17,18 +17,17 @@ from benchmarks import splash_programs
 from pallas_kernels import aot
 from pallas_kernels.block_sparse_attention import programs
 
-PARTS = ("forward", "dq", "dkv")
-SPLASH = {"fwd": "forward", "dq": "dq", "dkv": "dkv"}
+PARTS = {"_forward": "forward", "_fwd": "forward", "_dq": "dq", "_dkv": "dkv", "_fused": "dq, dk and dv"}
 
 
 def kernels_of(target, kernel, shape):
-    """Kernels by part: forward, dq, dkv."""
+    """Kernels by what they compute."""
     found = {}
     for report in aot.compile_for(target, kernel, shape):
         for compiled in report.kernels:
-            for part in PARTS if kernel in aot.KERNELS else SPLASH:
-                if f"_{part}" in compiled.name:
-                    found[SPLASH.get(part, part)] = compiled
+            for mark, part in PARTS.items():
+                if mark in compiled.name:
+                    found[part] = compiled
     return found
 
 
@@ -51,11 +50,10 @@ def tpu_rows(target):
     for name, shape in programs.SHAPES.items():
         ours = kernels_of(target, "block_sparse_attention", shape)
         record[name] = {part: dataclasses.asdict(k) for part, k in ours.items()}
-        for part in PARTS:
-            kernel, theirs = ours[part], splash[part].bodies[0]
-            beside = (theirs, f"{kernel.bodies[0] / theirs:.3f}") if name == "512 x 512" else ("", "")
-            add(name, part, kernel, *beside)
-    add("splash's fused backward", "dq and dkv", fused, "", "")
+        for part, kernel in ours.items():
+            theirs = fused if part == "dq, dk and dv" else splash[part]
+            ratio = f"{kernel.bodies[0] / theirs.bodies[0]:.3f}"
+            add(name, part, kernel, *((theirs.bodies[0], ratio) if name.startswith("512 x 512") else ("", "")))
     return lines, record
 
 
@@ -63,12 +61,11 @@ def gpu_rows(target):
     """Lines of the GPU table and what they were made from."""
     lines, record = [], {}
     for name, shape in programs.SHAPES.items():
-        if shape.dtype == "float32":
+        if shape.dtype == "float32" or shape.fused:
             continue
         ours = kernels_of(target, "block_sparse_attention", shape)
         record[name] = {part: dataclasses.asdict(k) for part, k in ours.items()}
-        for part in PARTS:
-            k = ours[part]
+        for part, k in ours.items():
             lines.append(row(target, name, part, k.registers, k.spill_bytes, k.smem_bytes // 1024, k.tensor_ops))
     return lines, record
 

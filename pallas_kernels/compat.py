@@ -4,6 +4,7 @@ Device-less compilation needs an abstract mesh in context in both, since lowerin
 """
 
 import contextlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -58,6 +59,14 @@ def gpu_target(description: str) -> tuple[Callable[..., Any], Callable[[], Any]]
 def _placed(mesh: Mesh) -> Callable[..., Any]:
     sharding = NamedSharding(mesh, PartitionSpec())
     return lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def gpu_load(ref: Any, layout: Any) -> Any:
+    """Loads a reference into registers in a layout, inside a Mosaic GPU kernel; JAX 0.10 wants an index besides."""
+    from jax.experimental.pallas import mosaic_gpu
+
+    index = ((),) if "idx" in inspect.signature(mosaic_gpu.load).parameters else ()
+    return mosaic_gpu.load(ref, *index, layout=layout, optimized=False)
 
 
 def tpu_races_found() -> bool:

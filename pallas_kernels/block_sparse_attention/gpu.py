@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.block_sparse_attention.lists import BlockLists
 from pallas_kernels.block_sparse_attention.options import Extras, Settings
 from pallas_kernels.block_sparse_attention.rules import pad_axis, positions
+from pallas_kernels.compat import gpu_load
 
 Array = Any
 
@@ -138,9 +139,9 @@ def _logits(plan: _Plan, r, s, b, q_head, own_start, start, at, masked):
         batch = b if ref.shape[0] > 1 else 0
         if name.startswith("kv_") == plan.by_key:
             part = ref.at[batch, pl.ds(own_start, ROWS)]
-            return _rows(plgpu.load(part, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False), shape)
+            return _rows(gpu_load(part, plgpu.Layout.WGMMA.reduce(1)), shape)
         part = ref.at[batch, pl.ds(start, plan.chunk)]
-        return _columns(plgpu.load(part, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False), shape)
+        return _columns(gpu_load(part, plgpu.Layout.WGMMA.reduce(0)), shape)
 
     if plan.alibi:
         distance = jnp.abs(vector("q_pos") - vector("kv_pos")).astype(jnp.float32)
@@ -286,8 +287,7 @@ def _dq_body(plan: _Plan, names, dtype, *refs):
         plgpu.copy_gmem_to_smem(r["q"].at[tokens], q, own_full.at[worker])
         plgpu.copy_gmem_to_smem(r["do"].at[tokens], do, own_full.at[worker])
         lse, delta = (
-            plgpu.load(r[n].at[b, h, pl.ds(own_start, ROWS)], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-            for n in ("lse", "delta")
+            gpu_load(r[n].at[b, h, pl.ds(own_start, ROWS)], plgpu.Layout.WGMMA.reduce(1)) for n in ("lse", "delta")
         )
         plgpu.barrier_wait(own_full.at[worker])
 
@@ -375,12 +375,12 @@ def _dkv_body(plan: _Plan, names, dtype, *refs):
             plgpu.barrier_wait(q_full.at[slot])
             s = _product(plan.shape, k, q_s.at[slot])
             s, capped = _logits(plan, r, s, b, h, own_start, start, at, masked)
-            lse = plgpu.load(lse_s.at[slot], layout=plgpu.Layout.WGMMA.reduce(0))
+            lse = gpu_load(lse_s.at[slot], plgpu.Layout.WGMMA.reduce(0))
             p = jnp.exp2(s - _columns(lse, s.shape))
             plgpu.barrier_wait(do_full.at[slot])
             dv = _add_product(plan, dv, p.astype(dtype), do_s.at[slot])
             dp = _product(plan.shape, v, do_s.at[slot])
-            delta = plgpu.load(delta_s.at[slot], layout=plgpu.Layout.WGMMA.reduce(0))
+            delta = gpu_load(delta_s.at[slot], plgpu.Layout.WGMMA.reduce(0))
             plgpu.barrier_arrive(do_free.at[slot])
             ds = p * (dp - _columns(delta, s.shape))
             if capped is not None:

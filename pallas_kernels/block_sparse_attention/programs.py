@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.block_sparse_attention.api import block_sparse_attention
 from pallas_kernels.block_sparse_attention.lists import BlockLists, causal
+from pallas_kernels.block_sparse_attention.options import Extras, Settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Shape:
         dtype: "bfloat16" or "float32".
         causal: 1 to evaluate a causal rule in partial tiles.
         gradient: 1 to compile forward and backward, 0 for the forward pass only.
+        fused: 1 to compute dq, dk and dv by one kernel on TPU.
     """
 
     batch: int = 1
@@ -47,10 +49,12 @@ class Shape:
     dtype: str = "bfloat16"
     causal: int = 1
     gradient: int = 1
+    fused: int = 0
 
 
 SHAPES = {
     "512 x 512": Shape(),
+    "512 x 512, fused backward": Shape(fused=1),
     "float32, a list a head": Shape(lists=8, dtype="float32", dim=64),
     "grouped heads": Shape(kv_heads=2, lists=8),
     "gathered 128-wide keys": Shape(bk=128, width=8),
@@ -104,6 +108,16 @@ def programs(shape: Shape, implementation: str, array: Callable[..., Any]) -> di
     def train(q, k, v, lists):
         return jax.grad(lambda *x: attend(*x, lists).astype(jnp.float32).sum(), argnums=(0, 1, 2))(q, k, v)
 
+    def train_fused(q, k, v, lists):
+        from pallas_kernels.block_sparse_attention import tpu
+
+        extras, settings = Extras(), Settings(shape.dim**-0.5)
+        o, lse = tpu.forward(q, k, v, lists, extras, settings)
+        return tpu.backward(
+            q, k, v, lists, extras, settings, o, lse, jnp.ones_like(o), jnp.zeros_like(lse), fused=True
+        )[:3]
+
     if not shape.gradient:
         return {"forward": (attend, (q, k, v, lists))}
+    train = train_fused if shape.fused and implementation == "tpu" else train
     return {"forward and backward": (train, (q, k, v, lists))}

@@ -35,6 +35,10 @@ NOTHING = 1e30
 """Log of the softmax denominator given to rows that see no key: weights come out as 0."""
 TILE = 512
 MAX_UNROLL = 8
+FUSED_BYTES = 24 * 2**20
+"""What dq may take of vector memory in the fused backward pass."""
+VECTOR_BYTES = 56 * 2**20
+"""Limit of vector memory asked for: less than what every generation since v5e has."""
 SCALAR_BYTES = 900 * 1024
 """What lists may take of the 1 MiB of scalar memory."""
 
@@ -194,6 +198,7 @@ def _begin(tile: _Tile, r, steps):
     head = tile.word(steps, b, h, t)
     r["batch"], r["entry"], r["row"] = tile.batch(b), tile.entry(b, h, t), head >> flat.ROW_SHIFT
     r["q_head"] = tile.q_head(b, h, t, steps)
+    r["member"] = tile.member(b, h, t, steps) if tile.by_key and tile.group > 1 else 0
     r["words"] = [tile.word(steps, b, h, t, u) for u in range(tile.unroll)]
     first, last, active, plain = ((head & flag) != 0 for flag in (flat.FIRST, flat.LAST, flat.ACTIVE, flat.PLAIN))
     if tile.repeat > 1:
@@ -310,6 +315,16 @@ def _dq_kernel(tile: _Tile, names, *refs):
 def _dkv_kernel(tile: _Tile, names, *refs):
     r = dict(zip(names, refs, strict=True))
     dk, dv = r["dk_acc"], r["dv_acc"]
+    fused = "dq" in r
+    if fused:
+        blocks = r["dq"].shape[2] // tile.bq
+
+        @pl.when(pl.program_id(2) == 0)
+        def _():
+            @pl.loop(0, blocks)
+            def _(i):
+                for g in range(tile.group):
+                    r["dq_acc"][g, pl.ds(i * tile.bq, tile.bq), :] = jnp.zeros((tile.bq, r["dq"].shape[3]), jnp.float32)
 
     def start():
         dk[...] = jnp.zeros_like(dk)
@@ -332,6 +347,10 @@ def _dkv_kernel(tile: _Tile, names, *refs):
                 ds = ds * (1 - capped * capped)
             q = r[f"q{u}"][0, 0]
             dk_sum = dk_sum + _dot(ds.astype(q.dtype), q, _NN)
+            if fused:
+                first = pl.multiple_of((r["words"][u] >> flat.BLOCK_SHIFT) * tile.bq, tile.bq)
+                rows = (r["member"], pl.ds(first, tile.bq), slice(None))
+                r["dq_acc"][rows] += _dot(ds.T.astype(q.dtype), r["k"][0, 0], _NN)
         dk[...], dv[...] = dk_sum, dv_sum
 
     def finish():
@@ -339,6 +358,15 @@ def _dkv_kernel(tile: _Tile, names, *refs):
         r["dv"][0, 0] = dv[...].astype(r["dv"].dtype)
 
     _each_step(tile, r, r["steps"], start, body, finish)
+    if fused:
+
+        @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
+        def _():
+            @pl.loop(0, blocks)
+            def _(i):
+                rows = pl.ds(i * tile.bq, tile.bq)
+                for g in range(tile.group):
+                    r["dq"][0, g, rows, :] = (r["dq_acc"][g, rows, :] * tile.settings.scale).astype(r["dq"].dtype)
 
 
 class _Call:
@@ -449,7 +477,9 @@ class _Call:
             functools.partial(kernel, tile, names),
             grid_spec=grid,
             out_shape=[s for _, s in self.outs],
-            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VECTOR_BYTES
+            ),
             cost_estimate=cost,
             interpret=interpret,
             name=name,
@@ -670,11 +700,13 @@ def backward(
     dlse: Array,
     *,
     interpret: Any = False,
+    fused: bool = False,
 ) -> tuple[Array, Array, Array, Extras]:
     """Gradients of q, k, v and of `extras.block_bias`; those of other extras are left None.
 
-    Two kernels: dq over the lists of query blocks, dk and dv over those of key blocks. Nothing is added atomically, so
-    results do not vary from run to run.
+    Two kernels: dq over the lists of query blocks, dk and dv over those of key blocks. With `fused`, one kernel over
+    the lists of key blocks computes all three, which saves two of seven matrix products and needs room in vector
+    memory for dq of a key head's group. Nothing is added atomically, so results do not vary from run to run.
     """
     lists = lists.transposed()
     bq, bk = lists.bq, lists.bk
@@ -685,8 +717,14 @@ def backward(
     # Rows past the end have do = delta = 0, and every finite lse makes their gradients vanish.
     base2, delta = (pad_axis(x, qh.shape[2], 2)[:, :, None].astype(jnp.float32) for x in (base2, delta))
     common = (qh, kh, vh, doh, base2, delta, lists, extras, settings, interpret)
-    dq, *dbias = _in_shares(functools.partial(_grad_queries, *common), lists, qh, kh, by_key=False)
-    dk, dv = _in_shares(functools.partial(_grad_keys, *common), lists, qh, kh, by_key=True)
+    dbias: list[Array] = []
+    if fused and not _fuses(qh, kh, extras):
+        raise ValueError("dq does not fit into vector memory, or there is a block bias: use fused=False")
+    if fused:
+        dk, dv, dq = _in_shares(functools.partial(_grad_keys, *common, True), lists, qh, kh, by_key=True)
+    else:
+        dq, *dbias = _in_shares(functools.partial(_grad_queries, *common), lists, qh, kh, by_key=False)
+        dk, dv = _in_shares(functools.partial(_grad_keys, *common, False), lists, qh, kh, by_key=True)
     dq, dk, dv = (x.swapaxes(1, 2)[:, :n] for x, n in ((dq, lists.q_len), (dk, lists.kv_len), (dv, lists.kv_len)))
     if not dbias:
         return dq, dk, dv, Extras()
@@ -695,6 +733,12 @@ def backward(
     per_slot = dbias[0].reshape(q.shape[0], hm, -1, nq, width).sum(2)
     per_slot = per_slot.sum(0, keepdims=True) if bm == 1 else per_slot
     return dq, dk, dv, Extras(block_bias=per_slot.astype(extras.block_bias.dtype))
+
+
+def _fuses(q, k, extras: Extras) -> bool:
+    """Whether dq of a key head's group stays in vector memory, as float32 and twice in the dtype of q."""
+    rows = q.shape[1] // k.shape[1] * q.shape[2] * max(q.shape[3], LANES)
+    return extras.block_bias is None and rows * (4 + 2 * q.dtype.itemsize) <= FUSED_BYTES
 
 
 def _grad_queries(q, k, v, do, lse, delta, lists, extras, settings, interpret, share):
@@ -724,7 +768,7 @@ def _grad_queries(q, k, v, do, lse, delta, lists, extras, settings, interpret, s
     return [dq, flat.scatter_values(per_tile, packed, share.of_lists(lists.n_tot, k.shape[1]), lists.width)]
 
 
-def _grad_keys(q, k, v, do, lse, delta, lists, extras, settings, interpret, share):
+def _grad_keys(q, k, v, do, lse, delta, lists, extras, settings, interpret, fused, share):
     call = _call(lists, extras, settings, q, k, share, by_key=True)
     tile = call.tile
     call.own("k", k, lists.bk)
@@ -737,7 +781,13 @@ def _grad_keys(q, k, v, do, lse, delta, lists, extras, settings, interpret, shar
         shape = (tile.grid_batch, tile.grid_heads, *like.shape[2:])
         call.out(name, shape, like.dtype, (1, 1, lists.bk, like.shape[3]), tile.out_rows)
     call.scratch += [(f"{n}_acc", pltpu.VMEM((lists.bk, x.shape[3]), jnp.float32)) for n, x in (("dk", k), ("dv", v))]
-    return call.run(_dkv_kernel, "block_sparse_attention_dkv", 4, interpret)
+    if not fused:
+        return call.run(_dkv_kernel, "block_sparse_attention_dkv", 4, interpret)
+    block = (tile.group, *q.shape[2:])
+    shape = (tile.grid_batch, tile.grid_heads * tile.group, *q.shape[2:])
+    call.out("dq", shape, q.dtype, (1, *block), lambda b, h, t, e: (b, h, 0, 0))
+    call.scratch.append(("dq_acc", pltpu.VMEM(block, jnp.float32)))
+    return call.run(_dkv_kernel, "block_sparse_attention_fused", 5, interpret)
 
 
 def supports(q: Array, k: Array, v: Array, lists: BlockLists, extras: Extras, settings: Settings) -> str | None:

@@ -79,7 +79,7 @@ def compiled(target, kernel="block_sparse_attention", shape=None):
 @pytest.mark.parametrize("name", programs.SHAPES)
 def test_compiles_for_tpu(target, name):
     kernels = compiled(target, shape=programs.SHAPES[name])
-    assert len(kernels) == 3
+    assert len(kernels) in (2, 3)
     assert all(kernel.smem_bytes < 2**20 for kernel in kernels)
 
 
@@ -95,7 +95,9 @@ def test_compiles_for_h200_without_spills(name):
 @pytest.mark.aot
 @pytest.mark.parametrize("target", ["v5e", "v5p", "v6e"])
 def test_bundles_of_an_active_tile_stay_near_splash(target):
-    ours = {part: k for k in compiled(target) for part in ("forward", "dq", "dkv") if f"_{part}" in k.name}
+    separate = compiled(target, shape=programs.Shape())
+    ours = {part: k for k in separate for part in ("forward", "dq", "dkv") if f"_{part}" in k.name}
+    assert len(ours) == 3
     splash = compiled(target, "benchmarks.splash_programs", splash_programs.Shape())
     theirs = {part: k for k in splash for part in ("fwd", "dq", "dkv") if f"_{part}" in k.name}
     for part, kernel in ours.items():

@@ -28,7 +28,7 @@ PROBLEMS = {
 }
 
 
-def computed(problem, interpret):
+def computed(problem, interpret, fused=False):
     """Output, lse and gradients of the kernels, under jit with the lists as arguments."""
     q, k, v, lists, extras, settings, do, dlse = problem.draw()
 
@@ -36,7 +36,9 @@ def computed(problem, interpret):
     def run(q, k, v, lists, extras, do, dlse):
         o, lse = tpu.forward(q, k, v, lists, extras, settings, interpret=interpret)
         dlse = jnp.where(lse > -jnp.inf, dlse, 0)
-        *grads, rest = tpu.backward(q, k, v, lists, extras, settings, o, lse, do, dlse, interpret=interpret)
+        *grads, rest = tpu.backward(
+            q, k, v, lists, extras, settings, o, lse, do, dlse, interpret=interpret, fused=fused
+        )
         if rest.block_bias is not None:
             grads.append(rest.block_bias)
         return o, lse, tuple(grads)
@@ -48,6 +50,27 @@ def computed(problem, interpret):
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_equals_the_reference(name):
     assert_close(computed(PROBLEMS[name], True), expected(PROBLEMS[name]), 2e-5)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem(rule="none", heads=2, kv_heads=1, q_len=384),
+        Problem(heads=4, head_lists=4, q_len=200, soft_cap=4.0),
+    ],
+    ids=["shared lists", "a list a head"],
+)
+def test_fused_backward_equals_the_reference(problem):
+    assert_close(computed(problem, True, fused=True), expected(problem), 2e-5)
+
+
+def test_fuses_while_dq_fits_into_vector_memory():
+    def array(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+    assert tpu._fuses(array(1, 8, 4096, 128), array(1, 2, 4096, 128), Extras())
+    assert not tpu._fuses(array(1, 8, 4096, 128), array(1, 2, 4096, 128), Extras(block_bias=np.zeros(1)))
+    assert not tpu._fuses(array(1, 8, 65536, 128), array(1, 8, 65536, 128), Extras())
 
 
 def test_bfloat16_is_as_close_as_its_precision_allows():
