@@ -19,3 +19,11 @@ def peer():
         return pytest.importorskip(name)
 
     return load
+
+
+from hypothesis import settings  # noqa: E402  (hypothesis does not import jax)
+
+# Unattended runs try the same examples every time; runs by hand look for new ones.
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
