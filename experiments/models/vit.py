@@ -46,7 +46,7 @@ class ViT(nnx.Module):
         self.patch = patch
         self.patch_projection = nnx.Linear(patch * patch * channels, width, rngs=rngs)
         self.position_embedding = nnx.Embed(
-            (rows // patch) * (columns // patch), width, embedding_init=nnx.initializers.normal(0.02), rngs=rngs
+            (rows // patch) * (columns // patch), width, embedding_init=nnx.initializers.normal(0.2), rngs=rngs
         )
         self.blocks = nnx.List([Block(width, heads, 4 * width, rngs=rngs) for _ in range(depth)])
         self.norm = nnx.LayerNorm(width, use_bias=False, rngs=rngs)
