@@ -13,6 +13,7 @@ import sparsejax
 pytestmark = pytest.mark.peers
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # what they import is not ours to mend
 @pytest.mark.parametrize("name", ["torch", "scipy", "equinox", "spconv"])
 def test_it_is_installed(name):
     assert importlib.import_module(name)
