@@ -336,6 +336,10 @@ WRONG = {
         lambda p: {**p, "out": {**p["out"], "kernel": None}},
         r"no gradients for the sparse leaves \['out/kernel'\].*rules=",
     ),
+    "dense leaf missing": (
+        lambda p: {**p, "out": {"kernel": p["out"]["kernel"]}},
+        r"parameters without a gradient: \['out/bias'\]",
+    ),
     "frozen": (
         lambda p: flax.core.freeze(p),
         r"the gradients and the parameters are trees of different kinds, .*FrozenDict",
@@ -593,3 +597,18 @@ def test_messages_have_no_line_breaks():
         with pytest.raises(ValueError) as error:
             make()
         assert not re.search(r"\n", str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: sparsejax.rigl(0.9, update_evry=3), TypeError, r"rigl\(\).*update_evry.*did you mean update_every="),
+        (lambda: sparsejax.set_(0.9, decay=3), TypeError, r"set_\(\) does not take decay=; it takes drop, grow"),
+        (lambda: sparsejax.NM(2.0, 4), TypeError, r"NM\(n=2.0\): give a whole number"),
+        (lambda: sparsejax.iterative(rounds=2.5, every=3), TypeError, "rounds is 2.5"),
+        (lambda: sparsejax.movement(0.9, begin=0, end=9, learning_rate=np.nan), ValueError, "learning_rate is nan"),
+    ],
+)
+def test_wrong_arguments_of_presets(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

@@ -25,9 +25,12 @@ class Block:
     Args:
         shape: rows and columns of a block.
         pooling: the score of a block: the "mean", "max" or "l2" norm of the scores of its elements.
+        groups: the columns of blocks are split into this many equal groups, each of which keeps the same number of
+            blocks (one more in the first of them where the count does not divide). Stored parameters are sharded over
+            groups: a mesh axis that divides the groups holds the same number of blocks on every device.
 
     Raises:
-        ValueError: `shape` is not two positive numbers, or `pooling` is none of the three.
+        ValueError: `shape` is not two positive numbers, `pooling` is none of the three, or `groups` is below 1.
 
     Example:
         >>> Block((1, 2)).mask(jnp.array([[1.0, 2.0, 3.0], [0.0, 9.0, 4.0]]), 0.5).tolist()
@@ -39,6 +42,7 @@ class Block:
 
     shape: tuple[int, int]
     pooling: Literal["mean", "max", "l2"] = "mean"
+    groups: int = 1
     fixed_density = None
 
     def __post_init__(self):
@@ -47,6 +51,8 @@ class Block:
             raise ValueError(f"Block(shape=...) is two positive numbers, rows and columns, got {self.shape}")
         if self.pooling not in ("mean", "max", "l2"):
             raise ValueError(f'Block(pooling=...) is "mean", "max" or "l2", got {self.pooling!r}')
+        if self.groups < 1:
+            raise ValueError(f"Block(groups=...) is a number of groups, 1 or more, got {self.groups}")
 
     def mask(self, scores: jax.Array, sparsity: float) -> jax.Array:
         """Keeps the blocks with the largest scores.
@@ -73,6 +79,13 @@ class Block:
             raise ValueError(
                 f"{where}a block of {self.shape} is larger than the last two axes of shape {tuple(shape)}; choose a "
                 f"smaller block, or leave it dense with rules={{{path or '<path>'!r}: None}}"
+            )
+        columns = self.grid(shape)[-1]
+        if columns % self.groups:
+            where = f"{path}: " if path else ""
+            raise ValueError(
+                f"{where}the {columns} columns of blocks of shape {tuple(shape)} do not split into {self.groups} equal "
+                f"groups for {self}; choose groups that divide {columns}"
             )
 
     def grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -114,14 +127,41 @@ class Block:
         return mask if like is None else match_sharding(mask, like)
 
     def choose(self, unit_scores: jax.Array, count: int | jax.Array, *, where: jax.Array | None = None) -> jax.Array:
-        """The `count` best blocks among those that `where` allows; see `select_top`."""
-        return select_top(unit_scores, count, where=where)
+        """The `count` best blocks among those that `where` allows, in each group its share; see `select_top`."""
+        return self._in_groups(select_top, unit_scores, count, where)
 
     def refill(
         self, unit_scores: jax.Array, kept: jax.Array, count: int | jax.Array, *, where: jax.Array | None = None
     ) -> jax.Array:
-        """`kept` and the best other blocks, so that there are `count`; see `refill_top`."""
-        return refill_top(unit_scores, kept, count, where=where)
+        """`kept` and the best other blocks, so that there are `count`, in each group its share; see `refill_top`."""
+
+        def refill(scores, number, where):
+            kept, where = where
+            return refill_top(scores, kept, number, where=where)
+
+        if self.groups == 1:
+            return refill(unit_scores, count, (kept, where))
+        where = jnp.ones_like(kept) if where is None else where
+        return self._in_groups(refill, unit_scores, count, (kept, where))
+
+    def group_counts(self, count: int | jax.Array) -> jax.Array:
+        """How many of `count` blocks each group keeps: int32 of shape (groups,)."""
+        return count // self.groups + (jnp.arange(self.groups, dtype=jnp.int32) < count % self.groups)
+
+    def to_groups(self, units: jax.Array) -> jax.Array:
+        """Lays an array of units `(..., rows, columns)` out as `(groups, ..., rows, columns of a group)`."""
+        return jnp.moveaxis(split_axis(units, -1, units.shape[-1] // self.groups), -2, 0)
+
+    def from_groups(self, grouped: jax.Array) -> jax.Array:
+        """Undoes `to_groups`."""
+        return merge_axis(jnp.moveaxis(grouped, 0, -2), grouped.ndim - 2)
+
+    def _in_groups(self, function, unit_scores, count, where):
+        if self.groups == 1:
+            return function(unit_scores, count, where=where)
+        grouped = jax.tree.map(self.to_groups, (unit_scores, where))
+        number = self.group_counts(jnp.asarray(count, jnp.int32))
+        return self.from_groups(jax.vmap(lambda s, n, w: function(s, n, where=w))(grouped[0], number, grouped[1]))
 
     def _blocks(self, scores: jax.Array, padding: float) -> jax.Array:
         """Splits the last two axes, padded to whole blocks, into (rows of blocks, rows, columns of blocks, columns)."""

@@ -93,6 +93,9 @@ def erdos_renyi_kernel(shapes: Shapes, sparsity: float, *, power: float = 1) -> 
 def global_(shapes: Shapes, sparsity: float) -> dict[str, None]:
     """No layer has a share of its own: one threshold over all of them keeps the best wherever they are.
 
+    A layer whose scores are all small may be emptied, and the network then be cut in two; `sparsejax.collapsed_layers`
+    finds such layers.
+
     Args:
         shapes: the shape of each layer.
         sparsity: overall fraction of zeros, in [0, 1); checked here, used by the common threshold.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from fractions import Fraction
 
 import jax
@@ -25,6 +26,7 @@ class NM:
         share: how many consecutive columns (entries of the last axis) have one pattern in common.
 
     Raises:
+        TypeError: an argument is not a whole number.
         ValueError: not 1 <= n <= m, `share` is below 1, or groups run along the very axis that patterns are shared on.
 
     Example:
@@ -41,6 +43,9 @@ class NM:
     share: int = 1
 
     def __post_init__(self):
+        for name in ("n", "m", "axis", "share"):
+            if not isinstance(getattr(self, name), numbers.Integral):
+                raise TypeError(f"NM({name}={getattr(self, name)!r}): give a whole number")
         if not 1 <= self.n <= self.m:
             raise ValueError(f"NM keeps n of m elements with 1 <= n <= m, got n={self.n}, m={self.m}")
         if self.share < 1:

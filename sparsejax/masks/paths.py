@@ -24,11 +24,17 @@ def path_name(key_path) -> str:
     return "/".join(parts)
 
 
-def named_leaves(tree) -> list[tuple[str, object]]:
+def is_stored(node) -> bool:
+    """Whether a node of a tree is one sparse parameter in compressed storage, such as a `BlockSparse`."""
+    return getattr(type(node), "stored", False)
+
+
+def named_leaves(tree, is_leaf=None) -> list[tuple[str, object]]:
     """Lists the leaves of a tree with their names, in the tree's own order.
 
     Args:
         tree: any pytree. `None` and `optax.MaskedNode` have no leaves and do not appear.
+        is_leaf: as in `jax.tree.map`; `is_stored` lists sparse parameters whole.
 
     Returns:
         A list of `(name, leaf)`.
@@ -37,7 +43,7 @@ def named_leaves(tree) -> list[tuple[str, object]]:
         >>> named_leaves({"layer": {"kernel": 1, "bias": None}})
         [('layer/kernel', 1)]
     """
-    return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf)[0]]
 
 
 def map_with_names(function, tree, *rest, is_leaf=None):

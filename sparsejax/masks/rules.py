@@ -10,8 +10,9 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 
 from sparsejax.masks.counts import exact_fraction
-from sparsejax.masks.paths import named_leaves
+from sparsejax.masks.paths import is_stored, named_leaves
 from sparsejax.masks.roles import LINEAR, LINEAR_OUT_IN, Roles, convolution_roles, convolution_roles_out_in
+from sparsejax.masks.unstructured import Unstructured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +145,7 @@ class LeafPlan:
         structure: the structure of its mask; None for a dense leaf.
         sparsity: a sparsity that a rule fixed; None where the distribution decides.
         reason: why the leaf is as it is.
+        stored: the leaf is stored in blocks, and its mask is that of the grid of blocks.
     """
 
     path: str
@@ -152,6 +154,7 @@ class LeafPlan:
     structure: object
     sparsity: float | None
     reason: str
+    stored: bool = False
 
     @property
     def size(self) -> int:
@@ -196,7 +199,7 @@ def resolve(params, rules=None, structure=None) -> tuple[LeafPlan, ...]:
         rules = flax_rules
     elif not isinstance(rules, Rules):
         rules = flax_rules.extend(rules)
-    leaves = named_leaves(params)
+    leaves = named_leaves(params, is_stored)
     used = set()
     twice = [path for path, count in collections.Counter(path for path, _ in leaves).items() if count > 1]
     if twice:
@@ -217,7 +220,8 @@ def resolve(params, rules=None, structure=None) -> tuple[LeafPlan, ...]:
 
 
 def _resolve_leaf(path: str, leaf, rules: Rules, structure, used: set[int]) -> LeafPlan:
-    shape = tuple(jnp.shape(leaf))
+    stored = is_stored(leaf)
+    shape = leaf.shape if stored else tuple(jnp.shape(leaf))
     dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
     sparsity, roles = None, None
     protected = "fewer than two axes" if len(shape) < 2 else ""  # dense unless a rule names this very leaf
@@ -240,6 +244,8 @@ def _resolve_leaf(path: str, leaf, rules: Rules, structure, used: set[int]) -> L
     unfit = "no elements" if math.prod(shape) == 0 else f"dtype {dtype}"
     if math.prod(shape) == 0 or not jnp.issubdtype(dtype, jnp.floating):
         chosen_dense = unfit
+    if stored and not chosen_dense:
+        return _resolve_stored(path, leaf, structure, sparsity)
     if chosen_dense or protected:
         return LeafPlan(path, shape, None, None, None, f"dense: {chosen_dense or protected}")
     if len(shape) < 2:
@@ -263,3 +269,18 @@ def _resolve_leaf(path: str, leaf, rules: Rules, structure, used: set[int]) -> L
     window = structure.fixed_density is None
     structure.check(roles.matrix_shape(shape)[-2:] if window else roles.kernel_shape(shape)[-2:], path)
     return LeafPlan(path, shape, roles, structure, sparsity, "sparse")
+
+
+def _resolve_stored(path: str, leaf, structure, sparsity) -> LeafPlan:
+    """A stored leaf brings its structure and its roles along; the algorithm or a rule may only say the same."""
+    own = leaf.structure
+    if not leaf.moves:
+        return LeafPlan(path, leaf.shape, None, None, None, f"stored: {own}, fixed")
+    if not isinstance(structure, type(own) | Unstructured | None):
+        raise ValueError(f"{path}: is stored as {own} and cannot be sparse by {structure}; leave the structure out")
+    if isinstance(structure, type(own)) and structure != own:
+        raise ValueError(
+            f"{path}: is stored as {own}, but the algorithm or a rule asks for {structure}; give the same one to "
+            "to_sparse and to the algorithm, or leave it out of the algorithm"
+        )
+    return LeafPlan(path, leaf.shape, leaf.roles, own, sparsity, "sparse: stored", stored=True)

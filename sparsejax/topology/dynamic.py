@@ -1,5 +1,8 @@
 """Presets that train sparse from the start: fixed masks, and masks that drop and grow."""
 
+import difflib
+import inspect
+
 import jax.numpy as jnp
 import optax
 
@@ -134,6 +137,16 @@ def dynamic(
     )
 
 
+def _check_options(preset: str, options) -> None:
+    """Raises a `TypeError` in the name of a preset for keywords that `dynamic` does not take."""
+    known = list(inspect.signature(dynamic).parameters)[1:]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}=?" if near else f"it takes {', '.join(known)}"
+            raise TypeError(f"{preset}() does not take {name}=; {hint}")
+
+
 def set_(sparsity, **options) -> Algorithm:
     """Sparse evolutionary training: drop by magnitude, grow at random (Mocanu et al. 2018, arXiv:1707.04780).
 
@@ -147,6 +160,7 @@ def set_(sparsity, **options) -> Algorithm:
     Returns:
         The algorithm, for `sparsify`.
     """
+    _check_options("set_", options)
     return dynamic(sparsity, **{"grow": scores.random, **options})
 
 
@@ -186,6 +200,7 @@ def rigl(
         >>> rigl(0.9, stop=75_000).steps
         UpdateSteps(begin=100, every=100, end=74900)
     """
+    _check_options("rigl", options)
     return dynamic(
         sparsity,
         distribution=distribution,

@@ -1,5 +1,7 @@
 """Presets that prune a dense network: once, gradually, in rounds or in cycles."""
 
+import numbers
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -161,6 +163,8 @@ def iterative(
         >>> [round(float(algorithm.sparsity(step)), 4) for step in (0, 100, 200, 900)]
         [0.2, 0.36, 0.488, 0.488]
     """
+    if not isinstance(rounds, numbers.Integral):
+        raise TypeError(f"rounds is {rounds!r}; give a whole number")
     if not 0 < rate < 1 or rounds < 1:
         raise ValueError(f"rate is {rate} and rounds {rounds}; a round prunes a share in (0, 1), one or more times")
 

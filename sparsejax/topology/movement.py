@@ -40,7 +40,12 @@ def movement(
 
     Returns:
         The algorithm, for `sparsify`.
+
+    Raises:
+        ValueError: the learning rate is not a positive number.
     """
+    if not 0 < learning_rate < float("inf"):
+        raise ValueError(f"learning_rate is {learning_rate}; scores learn at a positive, finite rate")
 
     def start(params):
         return jax.tree.map(lambda w: jnp.zeros_like(w, dtype=jnp.result_type(w, jnp.float32)), params)

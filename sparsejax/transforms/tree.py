@@ -132,9 +132,16 @@ def check_trees(grads, masks, params) -> None:
                 "optimizer, the gradients and the parameters must come from one and the same kind of tree"
             )
     masked = {path for path, _ in named_leaves(masks)}
-    missing = [path for path in shapes if path in masked and path not in {p for p, _ in named_leaves(grads)}]
-    if missing:
-        raise ValueError(f"no gradients for the sparse leaves {missing[:5]}; leave them dense, rules={{path: None}}")
+    given = {path for path, _ in named_leaves(grads)}
+    missing = [path for path in shapes if path not in given]
+    sparse = [path for path in missing if path in masked]
+    if sparse:
+        raise ValueError(f"no gradients for the sparse leaves {sparse[:5]}; leave them dense, rules={{path: None}}")
+    if missing or _kind(grads) != kind:
+        raise ValueError(
+            f"the gradients and the parameters are trees of different structure; parameters without a gradient: "
+            f"{missing[:5]}. Differentiate with respect to all parameters, or divide the optimizer with optax.partition"
+        )
 
 
 def _kind(tree):
