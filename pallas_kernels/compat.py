@@ -84,3 +84,32 @@ def gpu_interpreter() -> Any:
     # JAX 0.10 has one in private, which lacks rules that accumulators in registers need.
     parameters = getattr(mosaic_gpu, "InterpretGPUParams", None)
     return None if parameters is None else parameters(detect_races=True)
+
+
+def vary_alike(tree: Any) -> Any:
+    """Inside `jax.shard_map`, marks all arrays as different on every axis on which one of them is.
+
+    Functions with their own gradient need it: the sum over devices that an array equal on all of them owes its gradient
+    is then added by JAX. Elsewhere the arrays are returned as they are.
+    """
+    leaves = jax.tree.leaves(tree)
+    axes = set().union(*(_varying(x) for x in leaves))
+
+    def mark(x):
+        missing = tuple(sorted(axes - _varying(x)))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(mark, tree) if axes else tree
+
+
+def like_varying(shape: tuple[int, ...], dtype: Any, *arrays: Any) -> jax.ShapeDtypeStruct:
+    """The type of a result that differs between devices wherever one of `arrays` does: for calls into native code."""
+    axes = frozenset().union(*(_varying(x) for x in arrays))
+    if not axes:
+        return jax.ShapeDtypeStruct(shape, dtype)
+    kind = type(jax.typeof(arrays[0]).manual_axis_type)
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind(varying=axes))
+
+
+def _varying(x: Any) -> frozenset[str]:
+    return frozenset(jax.typeof(x).manual_axis_type.varying)

@@ -1,0 +1,217 @@
+"""Matrix product with a block-sparse matrix: one function, a path for each platform, and the reasons for the choice.
+
+A path is a module with `supports(x, values, lists, sizes)`, which returns None or the reason for refusing,
+`forward(x, values, lists, sizes)`, which returns y, and `backward(x, values, lists, sizes, dy)`, which returns
+(dx, dvalues). There x is [M, K], dy is [M, N], both of the dtype of values, and M is at least 1.
+"""
+
+import functools
+import importlib
+import math
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import choice as choices
+from pallas_kernels import compat
+from pallas_kernels.block_sparse_matmul.lists import BlockLists, sizes_of
+from pallas_kernels.block_sparse_matmul.probe import POOLINGS, attach_probe
+from pallas_kernels.block_sparse_matmul.shapes import Sizes
+from pallas_kernels.choice import Choice
+
+Array = Any
+
+IMPLEMENTATIONS = ("reference", "xla", "native", "tpu", "gpu")
+_PREFERENCE = {"cpu": ("xla",), "tpu": ("tpu", "xla"), "gpu": ("gpu", "xla")}
+
+
+@functools.cache
+def _module(name: str) -> ModuleType:
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={name!r}; allowed: None or one of {', '.join(IMPLEMENTATIONS)}")
+    return importlib.import_module(f"pallas_kernels.block_sparse_matmul.{name}")
+
+
+def _prepare(x: Array, values: Array, lists: BlockLists, shape: tuple[int, int]) -> tuple[Sizes, Any]:
+    """Checks the arguments; the sizes and the dtype of the result."""
+    sizes = sizes_of(values, lists, shape)
+    if not jnp.ndim(x) or jnp.shape(x)[-1] != sizes.inputs:
+        raise ValueError(
+            f"x has shape {jnp.shape(x)}; its last axis must have the {sizes.inputs} inputs of shape={shape}"
+        )
+    dtype = jnp.promote_types(x.dtype, values.dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"x is {x.dtype} and values is {values.dtype}; one of them must be floating, none complex")
+    return sizes, dtype
+
+
+def _choose(implementation: str | None, platform: str, *call: Any) -> Choice:
+    names = (implementation,) if implementation else _PREFERENCE.get(platform, ("xla",))
+    return choices.choose("block_sparse_matmul", names, platform, lambda name: _module(name).supports(*call))
+
+
+def _mapped(function, axis_size: int, batched: tuple, arguments: tuple) -> Any:
+    """Calls `function` for one element of the mapped arguments after the other."""
+    flat, tree = jax.tree.flatten(arguments)
+    moving = jax.tree.leaves(batched)
+    swap = lambda some: tree.unflatten(  # noqa: E731
+        [next(some) if m else leaf for m, leaf in zip(moving, flat, strict=True)]
+    )
+    some = [leaf for m, leaf in zip(moving, flat, strict=True) if m]
+    out = jax.lax.map(lambda parts: function(*swap(iter(parts))), some)
+    return out, jax.tree.map(lambda _: True, out)
+
+
+@functools.cache
+def _forward_of(name: str, sizes: Sizes):
+    """The forward pass of a path; mapping over x alone makes its rows more, since the matrix is the same for all."""
+
+    @jax.custom_batching.custom_vmap
+    def forward(x, values, lists):
+        return _module(name).forward(x, values, lists, sizes)
+
+    @forward.def_vmap
+    def rule(axis_size, batched, x, values, lists):
+        if any(jax.tree.leaves(batched[1:])):
+            return _mapped(forward, axis_size, tuple(batched), (x, values, lists))
+        y = forward(x.reshape(-1, sizes.inputs), values, lists)
+        return y.reshape(*x.shape[:2], sizes.outputs), True
+
+    return forward
+
+
+@functools.cache
+def _backward_of(name: str, sizes: Sizes):
+    @jax.custom_batching.custom_vmap
+    def backward(x, values, lists, dy):
+        return _module(name).backward(x, values, lists, sizes, dy)
+
+    @backward.def_vmap
+    def rule(axis_size, batched, *arguments):
+        return _mapped(backward, axis_size, tuple(batched), arguments)
+
+    return backward
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _multiply(name, sizes, x, values, lists):
+    return _forward_of(name, sizes)(x, values, lists)
+
+
+def _multiply_fwd(name, sizes, x, values, lists):
+    return _forward_of(name, sizes)(x, values, lists), (x, values, lists)
+
+
+def _multiply_bwd(name, sizes, saved, dy):
+    x, values, lists = saved
+    dx, dvalues = _backward_of(name, sizes)(x, values, lists, dy)
+    return dx, dvalues, None
+
+
+_multiply.defvjp(_multiply_fwd, _multiply_bwd)
+
+
+def block_sparse_matmul(
+    x: Array,
+    values: Array,
+    lists: BlockLists,
+    *,
+    shape: tuple[int, int],
+    implementation: str | None = None,
+    probe: Array | None = None,
+    probe_when: Array | None = None,
+    probe_pooling: str = "l2",
+) -> Array:
+    """y = x W for a matrix of which only some blocks are stored; time and memory follow their number.
+
+    Gradients flow to x and to the values of stored blocks; those of empty slots and of elements past the edge of W are
+    0. Sums are accumulated in float32 at least. `lists` are arguments: moving blocks never recompiles.
+
+    Args:
+        x: [..., K]. Leading axes are cheap; prefer them to `jax.vmap`, whose gradient of `values` exists once for each
+            mapped element.
+        values: [G, C, bk, bn], the stored blocks, see `BlockLists`.
+        lists: where the blocks lie, from `block_lists`.
+        shape: (K, N), static; N / bn block columns, rounded up, are a multiple of G.
+        implementation: None takes the fastest that supports the call (`explain` tells which and why); "reference",
+            "xla", "native" (CPU), "tpu" or "gpu" works or raises.
+        probe: zeros [Kb, Nb], or None. Its cotangent is the size of each block of the dense gradient x^T dy, stored or
+            not, computed one block row at a time and never as a whole: what growing criteria such as RigL's need. Sums
+            over `jax.vmap` or devices add up sizes, not gradients.
+        probe_when: traced bool; sizes are computed only where it is true, else the cotangent is zero. None: always.
+        probe_pooling: "l2" (Frobenius norm), "mean" or "max" of absolute values.
+
+    Returns:
+        [..., N], in the wider dtype of x and values.
+
+    Raises:
+        ValueError: if shapes do not fit, or the named implementation does not support the call.
+
+    References:
+        Evci et al. 2020, Rigging the Lottery (arXiv:1911.11134): growing by the gradients of absent weights.
+
+    Example:
+        >>> import numpy as np
+        >>> from pallas_kernels.block_sparse_matmul import block_lists
+        >>> lists = block_lists(np.array([[0, 1]]), np.array([[0, 1]]), grid=(2, 2))
+        >>> y = block_sparse_matmul(jnp.ones((3, 16)), jnp.ones((1, 2, 8, 8)), lists, shape=(16, 16))
+        >>> y.shape, y.min().item(), y.max().item()
+        ((3, 16), 8.0, 8.0)
+    """
+    x, values = (a if isinstance(a, jax.Array) else jnp.asarray(a) for a in (x, values))
+    lists = BlockLists(*(jnp.asarray(leaf) for leaf in lists))
+    sizes, dtype = _prepare(x, values, lists, shape)
+    if probe_pooling not in POOLINGS:
+        raise ValueError(f"probe_pooling={probe_pooling!r}; allowed: {', '.join(POOLINGS)}")
+    if probe is not None and jnp.shape(probe) != (sizes.rows, sizes.columns):
+        raise ValueError(
+            f"probe has shape {jnp.shape(probe)}; it must be {(sizes.rows, sizes.columns)}, a number a block"
+        )
+    if probe is None and probe_when is not None:
+        raise ValueError("probe_when is given without probe; give both, or none")
+    lead, platform = x.shape[:-1], choices.platform_of(x, values)
+    flat = x.astype(dtype).reshape(math.prod(lead), sizes.inputs)
+    values = values.astype(dtype)
+    name = choices.settled(_choose(implementation, platform, flat, values, lists, sizes))
+    flat, values, lists, probe = compat.vary_alike((flat, values, lists, probe))
+    if not flat.shape[0]:
+        y = flat @ jnp.zeros(shape, dtype)
+    elif name == "reference":
+        y = _module(name).forward(flat, values, lists, sizes)
+    else:
+        y = _multiply(name, sizes, flat, values, lists)
+    if probe is not None:
+        when = jnp.asarray(True if probe_when is None else probe_when)
+        y = attach_probe(sizes, probe_pooling, y, jax.lax.stop_gradient(flat), probe, when)
+    return y.reshape(*lead, sizes.outputs)
+
+
+def explain(
+    x: Array, values: Array, lists: BlockLists, *, shape: tuple[int, int], implementation: str | None = None
+) -> Choice:
+    """Which path `block_sparse_matmul` takes for these arguments, and why others refuse. Computes nothing.
+
+    Args:
+        x: as in `block_sparse_matmul`; ShapeDtypeStructs will do, here and for the other arrays.
+        values: likewise.
+        lists: likewise.
+        shape: likewise.
+        implementation: likewise.
+
+    Returns:
+        A Choice, readable when printed.
+
+    Example:
+        >>> import numpy as np
+        >>> from pallas_kernels.block_sparse_matmul import block_lists
+        >>> lists = block_lists(np.array([[0]]), np.array([[0]]), grid=(1, 1))
+        >>> x, values = jax.ShapeDtypeStruct((2, 8), jnp.float32), jax.ShapeDtypeStruct((1, 1, 8, 8), jnp.float32)
+        >>> explain(x, values, lists, shape=(8, 8), implementation="xla").name
+        'xla'
+    """
+    sizes, dtype = _prepare(x, values, lists, shape)
+    flat = jax.ShapeDtypeStruct((math.prod(jnp.shape(x)[:-1]), sizes.inputs), dtype)
+    stored = jax.ShapeDtypeStruct(jnp.shape(values), dtype)
+    return _choose(implementation, choices.platform_of(x, values), flat, stored, lists, sizes)
