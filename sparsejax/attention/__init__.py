@@ -6,41 +6,37 @@ from sparsejax.attention.budgets import Coverage, Forced, Random, Ratio, Thresho
 from sparsejax.attention.choose import from_dense_blocks, from_lists, from_pages, from_scores
 from sparsejax.attention.compile import compile_mask
 from sparsejax.attention.data_patterns import (
-    AShape,
-    BigBird,
     Bits,
     BlockDense,
-    Documents,
     Lengths,
-    Longformer,
     Prefix,
     Segment,
     Tokens,
-    TriShape,
     from_fn,
 )
+from sparsejax.attention.far_patterns import Dilated, Fixed, GridAxial, LogSparse, Strided
+from sparsejax.attention.flex_prefill import FlexPrefill
+from sparsejax.attention.last_queries import last_query_weights, slash_sums
 from sparsejax.attention.mask import Mask, per_head
 from sparsejax.attention.merge import merge_states
+from sparsejax.attention.named_patterns import AShape, BigBird, Documents, Longformer, TriShape
 from sparsejax.attention.patterns import (
     Causal,
     Chunk,
-    Dilated,
     Empty,
-    Fixed,
     Full,
-    GridAxial,
     KeyRange,
     Local,
-    LogSparse,
     QueryRange,
     Sink,
-    Strided,
 )
 from sparsejax.attention.quest import PageBounds, Quest, quest_budget, quest_mask, quest_scores
 from sparsejax.attention.seer import SeerGate, causal_blocks, seer_loss, seer_target
 from sparsejax.attention.selectors import Context, Reuse, ScoreSelector, Selector, pooled_scores, stats_grid
+from sparsejax.attention.snapkv import ada_snapkv, snapkv, snapkv_scores
 from sparsejax.attention.token_groups import TokenGroups, group_by_scores
 from sparsejax.attention.token_sets import TokenSet, elbow, tokens_where, top_tokens
+from sparsejax.attention.vertical_slash import VerticalSlash
 
 __all__ = [
     "AShape",
@@ -56,6 +52,7 @@ __all__ = [
     "Documents",
     "Empty",
     "Fixed",
+    "FlexPrefill",
     "Forced",
     "Full",
     "GridAxial",
@@ -85,6 +82,8 @@ __all__ = [
     "TopK",
     "TopP",
     "TriShape",
+    "VerticalSlash",
+    "ada_snapkv",
     "causal_blocks",
     "compile_mask",
     "elbow",
@@ -95,6 +94,7 @@ __all__ = [
     "from_pages",
     "from_scores",
     "group_by_scores",
+    "last_query_weights",
     "merge_states",
     "per_head",
     "pooled_scores",
@@ -103,6 +103,9 @@ __all__ = [
     "quest_scores",
     "seer_loss",
     "seer_target",
+    "slash_sums",
+    "snapkv",
+    "snapkv_scores",
     "sparse_attention",
     "stats_grid",
     "tokens_where",

@@ -8,9 +8,10 @@ import numpy as np
 
 from sparsejax.attention.block_mask import BlockMask, from_kinds, from_order
 from sparsejax.attention.budgets import Budget, Forced
-from sparsejax.attention.compile import add_bits, kernel_rule, rule_payload, tile_bounds, tile_kinds
+from sparsejax.attention.compile import kernel_rule, rule_payload, tile_bounds, tile_kinds
 from sparsejax.attention.mask import Mask, is_traced
 from sparsejax.attention.patterns import Causal, Full
+from sparsejax.attention.tile_bits import add_bits
 
 _NOTHING = Forced()
 

@@ -5,9 +5,10 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
+from sparsejax.attention.expressions import KEY, QUERY, Plus, Vector
 from sparsejax.attention.mask import Mask, jnp_or_np
-from sparsejax.attention.patterns import Causal, Local, Sink, _equal, _numbers, _positive
-from sparsejax.attention.rules import KEY, QUERY, AtMost, Both, Either, Function, Plus, Table, Vector
+from sparsejax.attention.patterns import equal, numbers, positive
+from sparsejax.attention.rules import AtMost, Both, Either, Function, Table
 
 
 def Segment(q_ids, kv_ids=None) -> Mask:
@@ -31,7 +32,7 @@ def Segment(q_ids, kv_ids=None) -> Mask:
     q_ids = _vector("q_ids", q_ids, np.integer)
     kv_ids = q_ids if kv_ids is None else _vector("kv_ids", kv_ids, np.integer)
     q, k = Vector("q_0"), Vector("kv_0")
-    return Mask(Both(_equal(q, k), AtMost(0, q)), {"q_0": q_ids, "kv_0": kv_ids}, "Segment(...)")
+    return Mask(Both(equal(q, k), AtMost(0, q)), {"q_0": q_ids, "kv_0": kv_ids}, "Segment(...)")
 
 
 def Prefix(length) -> Mask:
@@ -50,7 +51,7 @@ def Prefix(length) -> Mask:
                [1, 1, 1]], dtype=int32)
     """
     if np.ndim(length) == 0:
-        (number,), arrays, text = _numbers(length)
+        (number,), arrays, text = numbers(length)
     else:
         number, arrays, text = Vector("batch_0"), {"batch_0": _vector("length", length, np.integer)}, "..."
         if arrays["batch_0"].ndim != 1:
@@ -123,8 +124,8 @@ def BlockDense(blocks, q_block: int, kv_block: int | None = None) -> Mask:
                [0, 0, 1, 1]], dtype=int32)
     """
     kv_block = q_block if kv_block is None else kv_block
-    rule = Table("table_0", QUERY, KEY, _positive("q_block", q_block), _positive("kv_block", kv_block))
-    return Mask(rule, {"table_0": _table("blocks", blocks)}, f"BlockDense(..., {q_block}, {kv_block})")
+    rule = Table("table_0", QUERY, KEY, positive("q_block", q_block), positive("kv_block", kv_block))
+    return Mask(rule, {"table_0": table("blocks", blocks)}, f"BlockDense(..., {q_block}, {kv_block})")
 
 
 def Bits(matrix) -> Mask:
@@ -137,11 +138,12 @@ def Bits(matrix) -> Mask:
         The mask. Kernels get the bits of partial tiles only.
 
     Example:
+        >>> from sparsejax.attention import Causal
         >>> (Bits(np.ones((2, 2), bool)) & Causal()).to_dense(2, 2)[0, 0].astype(int)
         Array([[1, 0],
                [1, 1]], dtype=int32)
     """
-    return Mask(Table("table_0", QUERY, KEY, 1, 1), {"table_0": _table("matrix", matrix)}, "Bits(...)")
+    return Mask(Table("table_0", QUERY, KEY, 1, 1), {"table_0": table("matrix", matrix)}, "Bits(...)")
 
 
 def from_fn(
@@ -173,87 +175,6 @@ def from_fn(
     return Mask(rule, arrays, f"from_fn({getattr(function, '__name__', 'function')})")
 
 
-def Longformer(window: int, is_global) -> Mask:
-    """`|q - k| <= window // 2`, or one of both is a global token (arXiv 2004.05150).
-
-    Args:
-        window: tokens in the window (512 in the paper).
-        is_global: bool [S] or [B, S].
-
-    Returns:
-        The mask, in both directions.
-    """
-    mask = Local(window // 2, window // 2) | Tokens(q=is_global) | Tokens(kv=is_global)
-    return Mask(mask.rule, mask.arrays, f"Longformer({window}, ...)")
-
-
-def BigBird(blocks: int, block: int = 64, *, window: int = 3, edges: int = 2, random: int = 3, seed: int = 0) -> Mask:
-    """Window, first and last blocks (as rows and as columns) and random blocks (arXiv 2007.14062).
-
-    Args:
-        blocks: number of blocks in the sequence.
-        block: tokens in a block.
-        window: blocks of the window around the diagonal, odd.
-        edges: how many blocks are global, counted from both ends in turn: 2 are the first and the last.
-        random: further blocks of each row, drawn without replacement from those that are left.
-        seed: seed of the draw; give another for each layer.
-
-    Returns:
-        The mask, in both directions; one random pattern for all heads (use `per_head` for several).
-
-    Example:
-        >>> int(BigBird(8, 1).to_dense(8, 8)[0, 0, 3].sum())
-        8
-    """
-    i = np.arange(blocks)
-    kept = np.abs(i[:, None] - i) <= window // 2
-    first, last = (edges + 1) // 2, edges // 2
-    ends = (i < first) | (i >= blocks - last)
-    kept |= ends[:, None] | ends
-    generator = np.random.default_rng(seed)
-    for row in kept:
-        free = np.flatnonzero(~row)
-        row[generator.permutation(free)[:random]] = True
-    return Mask(BlockDense(kept, block).rule, {"table_0": kept[None, None]}, f"BigBird({blocks}, {block})")
-
-
-def AShape(sink: int, window: int) -> Mask:
-    """Causal, the first `sink` keys and a window of `window` tokens (MInference's A-shape, arXiv 2407.02490).
-
-    Example:
-        >>> AShape(1, 2).to_dense(4, 4)[0, 0].astype(int)[3]
-        Array([1, 0, 1, 1], dtype=int32)
-    """
-    mask = Causal() & (Sink(sink) | Local(window - 1))
-    return Mask(mask.rule, mask.arrays, f"AShape({sink}, {window})")
-
-
-def TriShape(sink: int, window: int, last_from: int) -> Mask:
-    """`AShape`, and queries from position `last_from` on see all keys before them (arXiv 2412.10319).
-
-    Example:
-        >>> TriShape(1, 1, 3).to_dense(4, 4)[0, 0].astype(int)[2:]
-        Array([[1, 0, 1, 0],
-               [1, 1, 1, 1]], dtype=int32)
-    """
-    rows = AtMost(last_from, QUERY)
-    mask = Causal() & (Sink(sink) | Local(window - 1) | Mask(rows))
-    return Mask(mask.rule, mask.arrays, f"TriShape({sink}, {window}, {last_from})")
-
-
-def Documents(lengths: Sequence[int]) -> Mask:
-    """Documents of the given lengths, packed one after the other: `Segment` from lengths.
-
-    Example:
-        >>> Documents([2, 1]).to_dense(3, 3)[0, 0].astype(int)
-        Array([[1, 1, 0],
-               [1, 1, 0],
-               [0, 0, 1]], dtype=int32)
-    """
-    mask = Segment(np.repeat(np.arange(len(lengths), dtype=np.int32), lengths))
-    return Mask(mask.rule, mask.arrays, f"Documents({list(lengths)})")
-
-
 def _vector(name: str, array, kind) -> jax.Array:
     array = jnp_or_np(array)
     if array.ndim not in (1, 2) or not np.issubdtype(array.dtype, kind):
@@ -262,7 +183,7 @@ def _vector(name: str, array, kind) -> jax.Array:
     return array
 
 
-def _table(name: str, array) -> jax.Array:
+def table(name: str, array) -> jax.Array:
     array = array if isinstance(array, jax.Array) else np.asarray(array)
     if array.dtype != bool or array.ndim not in (2, 3, 4):
         raise ValueError(

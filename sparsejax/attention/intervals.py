@@ -12,19 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sparsejax.attention.rules import (
-    Always,
-    AtMost,
-    Both,
-    ByHead,
-    Either,
-    FloorDivide,
-    Minus,
-    Opposite,
-    Plus,
-    Remainder,
-    Vector,
-)
+from sparsejax.attention.expressions import FloorDivide, Minus, Plus, Remainder, Vector
+from sparsejax.attention.rules import Always, AtMost, Both, ByHead, Either, Opposite
 
 _CHUNK = 1 << 19
 

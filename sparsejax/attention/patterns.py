@@ -7,20 +7,9 @@ compiled. Parameters may be ints or (traced) integer scalars: a new traced value
 import jax
 import numpy as np
 
+from sparsejax.attention.expressions import KEY, QUERY, FloorDivide, Minus, Plus, Vector
 from sparsejax.attention.mask import Mask, jnp_or_np
-from sparsejax.attention.rules import (
-    KEY,
-    QUERY,
-    Always,
-    AtMost,
-    Both,
-    Either,
-    FloorDivide,
-    Minus,
-    Plus,
-    Remainder,
-    Vector,
-)
+from sparsejax.attention.rules import Always, AtMost, Both
 
 
 def Full() -> Mask:
@@ -51,7 +40,7 @@ def Causal(offset: int | jax.Array = 0) -> Mask:
         Array([[1, 1, 0],
                [1, 1, 1]], dtype=int32)
     """
-    (offset_,), arrays, text = _numbers(offset)
+    (offset_,), arrays, text = numbers(offset)
     right = QUERY if offset_ == 0 else Plus(QUERY, offset_)
     return Mask(AtMost(KEY, right), arrays, f"Causal({'' if offset_ == 0 else text})")
 
@@ -74,7 +63,7 @@ def Local(left: int | jax.Array | None, right: int | jax.Array | None = None) ->
                [1, 1, 0],
                [0, 1, 1]], dtype=int32)
     """
-    (left_, right_), arrays, _ = _numbers(left, right)
+    (left_, right_), arrays, _ = numbers(left, right)
     distance = Minus(QUERY, KEY)
     rules = []
     if left is not None:
@@ -94,7 +83,7 @@ def Chunk(size: int) -> Mask:
                [1, 1, 0],
                [0, 0, 1]], dtype=int32)
     """
-    return Mask(_equal(FloorDivide(QUERY, _positive("size", size)), FloorDivide(KEY, size)), {}, f"Chunk({size})")
+    return Mask(equal(FloorDivide(QUERY, positive("size", size)), FloorDivide(KEY, size)), {}, f"Chunk({size})")
 
 
 def KeyRange(low: int | jax.Array | None, high: int | jax.Array | None) -> Mask:
@@ -132,116 +121,9 @@ def Sink(n: int | jax.Array) -> Mask:
     return _range(KEY, 0, n, f"Sink({_text(n)})")
 
 
-def Strided(stride: int) -> Mask:
-    """`k <= q` and (`q - k < stride` or `(q - k) % stride == 0`): Sparse Transformer, strided (arXiv 1904.10509).
-
-    Args:
-        stride: near the square root of the length.
-
-    Returns:
-        The causal pattern with both heads' keys merged. For keys at multiples of a stride alone, see `Dilated`.
-
-    Example:
-        >>> Strided(2).to_dense(5, 5)[0, 0].astype(int)
-        Array([[1, 0, 0, 0, 0],
-               [1, 1, 0, 0, 0],
-               [1, 1, 1, 0, 0],
-               [0, 1, 1, 1, 0],
-               [1, 0, 1, 1, 1]], dtype=int32)
-    """
-    distance = Minus(QUERY, KEY)
-    near = AtMost(distance, _positive("stride", stride) - 1)
-    far = AtMost(Remainder(distance, stride), 0)
-    return Mask(Both(AtMost(KEY, QUERY), Either(near, far)), {}, f"Strided({stride})")
-
-
-def Fixed(stride: int, columns: int) -> Mask:
-    """`q // stride == k // stride` or `k % stride >= stride - columns`: Sparse Transformer, fixed (arXiv 1904.10509).
-
-    The paper uses it as `Causal() & Fixed(128, 8)`, also with other strides and 16 or 32 columns.
-
-    Example:
-        >>> (Causal() & Fixed(2, 1)).to_dense(4, 4)[0, 0].astype(int)
-        Array([[1, 0, 0, 0],
-               [1, 1, 0, 0],
-               [0, 1, 1, 0],
-               [0, 1, 1, 1]], dtype=int32)
-    """
-    _positive("stride", stride)
-    summary = AtMost(stride - columns, Remainder(KEY, stride))
-    return Mask(Either(Chunk(stride).rule, summary), {}, f"Fixed({stride}, {columns})")
-
-
-def Dilated(window: int | None, dilation: int) -> Mask:
-    """`(q - k) % dilation == 0` and `|q - k| < window * dilation`: Longformer's upper layers (arXiv 2004.05150).
-
-    Args:
-        window: how many keys to each side, the own position counted; None: without bound.
-        dilation: the distance between neighbouring keys.
-
-    Returns:
-        The mask.
-
-    Example:
-        >>> Dilated(2, 2).to_dense(5, 5)[0, 0].astype(int)[2]
-        Array([1, 0, 1, 0, 1], dtype=int32)
-    """
-    rule = AtMost(Remainder(Minus(QUERY, KEY), _positive("dilation", dilation)), 0)
-    if window is not None:
-        reach = window * dilation - 1
-        rule = Both(rule, Both(AtMost(Minus(QUERY, KEY), reach), AtMost(Minus(KEY, QUERY), reach)))
-    return Mask(rule, {}, f"Dilated({window}, {dilation})")
-
-
-def GridAxial(width: int, stride: int = 1) -> Mask:
-    """Tokens of an image, row by row: every `stride`-th pixel of the query's own row and of its own column.
-
-    Axial attention with `stride=1`; the graph of MobileViG (arXiv 2307.00395) without wrap-around with `stride=2`.
-
-    Args:
-        width: pixels in a row.
-        stride: distance between neighbouring keys in a row or column.
-
-    Returns:
-        The mask; the own pixel is always visible.
-
-    Example:
-        >>> GridAxial(3).to_dense(9, 9)[0, 0][4].reshape(3, 3).astype(int)
-        Array([[0, 1, 0],
-               [1, 1, 1],
-               [0, 1, 0]], dtype=int32)
-    """
-    rows = FloorDivide(QUERY, _positive("width", width)), FloorDivide(KEY, width)
-    columns = Remainder(QUERY, width), Remainder(KEY, width)
-    along_row, along_column = _equal(*rows), _equal(*columns)
-    if _positive("stride", stride) > 1:
-        along_row = Both(along_row, AtMost(Remainder(Minus(*columns), stride), 0))
-        along_column = Both(along_column, AtMost(Remainder(Minus(*rows), stride), 0))
-    return Mask(Either(along_row, along_column), {}, f"GridAxial({width}{f', {stride}' if stride > 1 else ''})")
-
-
-def LogSparse(length: int) -> Mask:
-    """`q - k` is 0 or a power of two: log-many keys for each query (Li et al., arXiv 1907.00235).
-
-    Args:
-        length: the longest distance that is of interest; keys further back than that are never seen.
-
-    Returns:
-        The causal mask.
-
-    Example:
-        >>> LogSparse(8).to_dense(8, 8)[0, 0].astype(int)[7]
-        Array([0, 0, 0, 1, 0, 1, 1, 1], dtype=int32)
-    """
-    mask = Local(0, 0)
-    for i in range(max(1, _positive("length", length)).bit_length()):
-        mask = mask | Local(2**i, -(2**i))
-    return Mask(mask.rule, mask.arrays, f"LogSparse({length})")
-
-
 def _range(side: Vector, low, high, text: str) -> Mask:
     last = high - 1 if isinstance(high, int) else high
-    (low_, last_), arrays, _ = _numbers(low, last)
+    (low_, last_), arrays, _ = numbers(low, last)
     rules = []
     if low is not None:
         rules.append(AtMost(low_, side))
@@ -251,11 +133,11 @@ def _range(side: Vector, low, high, text: str) -> Mask:
     return Mask(rule, arrays, text)
 
 
-def _equal(a, b) -> Both:
+def equal(a, b) -> Both:
     return Both(AtMost(a, b), AtMost(b, a))
 
 
-def _numbers(*numbers):
+def numbers(*numbers):
     """Each number as an int, or as the name of a scalar array."""
     parts, arrays = [], {}
     for number in numbers:
@@ -277,7 +159,7 @@ def _text(number) -> str:
     return "traced" if isinstance(number, jax.Array) else str(number)
 
 
-def _positive(name: str, number: int) -> int:
+def positive(name: str, number: int) -> int:
     if number < 1:
         raise ValueError(f"{name} must be at least 1, not {number}")
     return number

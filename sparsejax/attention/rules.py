@@ -6,7 +6,7 @@ a dict. Names say what kind of array stands there:
 
 - `q_pos`, `kv_pos`: positions of queries and keys, always present;
 - `q_*`, `kv_*`: a number for each query or key; `head_*`, `batch_*`: for each head, or example; `scalar_*`: one number;
-- `table_*`: a bool matrix read by `Table`, which no kernel can read (see `lower.py`).
+- `table_*`: a bool matrix read by `Table`, which no kernel can read (see `tile_bits.py`).
 
 Every rule answers two questions. `rule(q_pos, kv_pos, values)` is the answer element by element, in `jax.numpy`
 operations that work inside Pallas kernels. `rule.tile(bounds)` is the answer for a whole tile, from the least and the
@@ -18,101 +18,14 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-Array = Any
-Bounds = Mapping[str, tuple[Array, Array]]
-
-
-def namespace(*values):
-    """`jax.numpy` if one of the values is a JAX array, else `numpy`: host compilation must not touch a device."""
-    return jnp if any(isinstance(value, jax.Array) for value in values) else np
-
-
-# Integer expressions. A plain int stands for itself.
-
-
-@dataclasses.dataclass(frozen=True)
-class Vector:
-    """The values of the array called `name`."""
-
-    name: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Plus:
-    a: Any
-    b: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Minus:
-    a: Any
-    b: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class FloorDivide:
-    a: Any
-    divisor: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Remainder:
-    a: Any
-    divisor: int
-
-
-QUERY = Vector("q_pos")
-KEY = Vector("kv_pos")
-
-
-def value(expression, values: Mapping[str, Array]):
-    """Value of an integer expression, given the arrays behind its names."""
-    match expression:
-        case Vector(name):
-            return values[name]
-        case Plus(a, b):
-            return value(a, values) + value(b, values)
-        case Minus(a, b):
-            return value(a, values) - value(b, values)
-        case FloorDivide(a, divisor):
-            return value(a, values) // divisor
-        case Remainder(a, divisor):
-            return value(a, values) % divisor
-    return expression
-
-
-def bounds_of(expression, bounds: Bounds) -> tuple[Array, Array]:
-    """Least and greatest value of an integer expression, by interval arithmetic."""
-    match expression:
-        case Vector(name):
-            return bounds[name]
-        case Plus(a, b):
-            (a_low, a_high), (b_low, b_high) = bounds_of(a, bounds), bounds_of(b, bounds)
-            return a_low + b_low, a_high + b_high
-        case Minus(a, b):
-            (a_low, a_high), (b_low, b_high) = bounds_of(a, bounds), bounds_of(b, bounds)
-            return a_low - b_high, a_high - b_low
-        case FloorDivide(a, divisor):
-            low, high = bounds_of(a, bounds)
-            return low // divisor, high // divisor
-        case Remainder(a, divisor):
-            low, high = bounds_of(a, bounds)
-            whole = low // divisor == high // divisor
-            xp = namespace(low, high)
-            return xp.where(whole, low % divisor, 0), xp.where(whole, high % divisor, divisor - 1)
-    return expression, expression
+from sparsejax.attention.expressions import Bounds, bounds_of, namespace, value
 
 
 def _kind(full, empty):
     """2 where full, 0 where empty, else 1."""
     return (1 + full * np.int8(1) - empty * np.int8(1)).astype(np.int8)
-
-
-# Rules.
 
 
 @dataclasses.dataclass(frozen=True)

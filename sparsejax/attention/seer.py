@@ -19,6 +19,8 @@ from sparsejax.attention.mask import Mask
 from sparsejax.attention.patterns import Full
 from sparsejax.attention.selectors import _NO_CONTEXT, Context, block_mean, stats_grid
 
+_DIAGONAL = Forced(diagonal=True)
+
 
 class SeerGate(nnx.Module):
     """The gate: `softmax` of its scores along the keys predicts each block's share of attention. Also a selector.
@@ -58,7 +60,7 @@ class SeerGate(nnx.Module):
         gate_dim: int = 128,
         rope_base: float | None = 10000.0,
         budget: Budget,
-        forced: Forced = Forced(diagonal=True),  # noqa: B008 (immutable)
+        forced: Forced = _DIAGONAL,
         rngs: nnx.Rngs,
     ):
         if gate_dim % 2:

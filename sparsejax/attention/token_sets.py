@@ -5,8 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from sparsejax.attention.attend import sparse_attention
 from sparsejax.attention.data_patterns import Tokens
 from sparsejax.attention.mask import Mask
+from sparsejax.attention.patterns import Full
 
 
 @jax.tree_util.register_dataclass
@@ -77,8 +79,62 @@ class TokenSet:
     def mask(self) -> Mask:
         """Keys that hold a token. With `kv_positions=tokens.idx`, masks by position go on to mean what they mean."""
         if self.idx.ndim != 2:
-            raise ValueError("mask is for sets [B, capacity]: fold key heads into the batch first")
+            raise ValueError("mask is for sets [B, capacity]; for one that differs by head, see `attend`")
         return Tokens(kv=self.valid)
+
+    def attend(self, q, k, v, mask: Mask | None = None, *, q_positions=None, **options):
+        """Attention to the chosen tokens, whose positions are their indices in the sequence.
+
+        Args:
+            q: [B, Sq, H, D].
+            k: [B, capacity, Hk, D], gathered (a cache that was compressed once serves many calls); a set with heads
+                needs its own Hk.
+            v: [B, capacity, Hk, Dv], likewise.
+            mask: what may be seen by position, such as `Causal()`; without arrays of its own. None: all that is there.
+            q_positions: int [Sq] or [B, Sq]; None counts from 0.
+            **options: of `sparse_attention`.
+
+        Returns:
+            [B, Sq, H, Dv]; with `return_lse=True` also an `Aux` whose `lse` is [B, H, Sq].
+
+        Raises:
+            ValueError: the mask has arrays, or the heads do not fit.
+        """
+        mask = Full() if mask is None else mask
+        if any(not name.startswith("scalar_") for name in mask.arrays):
+            raise ValueError(f"{mask}: attend takes masks by position, without arrays for each token, example or head")
+        q_positions = jnp.arange(q.shape[1]) if q_positions is None else jnp.asarray(q_positions)
+        options["bq"] = min(options.get("bq") or 128, q.shape[1])
+        if self.idx.ndim == 2:
+            seen = mask & self.mask()
+            return sparse_attention(q, k, v, seen, q_positions=q_positions, kv_positions=self.idx, **options)
+        batch, sets = self.idx.shape[:2]
+        if k.shape[2] != sets or q.shape[2] % sets:
+            raise ValueError(
+                f"a set of {sets} heads needs keys with as many, not {k.shape[2]}, for {q.shape[2]} queries'"
+            )
+        # Heads as examples: positions may differ between examples only.
+        grouped = jnp.moveaxis(q.reshape(*q.shape[:2], sets, -1, q.shape[3]), 2, 1).reshape(
+            batch * sets, q.shape[1], -1, q.shape[3]
+        )
+        k, v = (jnp.swapaxes(x, 1, 2).reshape(batch * sets, x.shape[1], 1, x.shape[3]) for x in (k, v))
+        if q_positions.ndim == 2:
+            q_positions = jnp.repeat(jnp.broadcast_to(q_positions, (batch, q.shape[1])), sets, axis=0)
+        out = sparse_attention(
+            grouped,
+            k,
+            v,
+            mask & Tokens(kv=self.valid.reshape(batch * sets, -1)),
+            q_positions=q_positions,
+            kv_positions=self.idx.reshape(batch * sets, -1),
+            **options,
+        )
+        o, aux = out if isinstance(out, tuple) else (out, None)
+        o = jnp.moveaxis(o.reshape(batch, sets, *o.shape[1:]), 1, 2).reshape(*q.shape[:3], -1)
+        if aux is None:
+            return o
+        heads = (batch, q.shape[2])
+        return o, type(aux)(*(None if part is None else part.reshape(*heads, *part.shape[2:]) for part in aux))
 
 
 def tokens_where(kept: jax.Array, capacity: int) -> TokenSet:
