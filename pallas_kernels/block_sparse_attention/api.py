@@ -145,6 +145,8 @@ def _attend(name, settings, q, k, v, lists, extras):
 
 
 def _attend_fwd(name, settings, q, k, v, lists, extras):
+    # Not yet rounded to the dtype of q where the path computes in float32: the gradient is a difference of large terms
+    # that the rounding of o would not leave equal.
     o, lse = _module(name).forward(q, k, v, lists, extras, settings)
     o = checkpoint_name(o, "block_sparse_attention_output")
     lse = checkpoint_name(lse, "block_sparse_attention_lse")
@@ -259,8 +261,9 @@ def block_sparse_attention(
     if sinks is not None:
         sink = jnp.asarray(sinks).astype(lse.dtype)[:, None]
         share = jax.nn.sigmoid(lse - sink).swapaxes(1, 2)[..., None]
-        o = (o.astype(lse.dtype) * share).astype(o.dtype)
+        o = o.astype(lse.dtype) * share
         lse = jnp.logaddexp(lse, sink)
+    o = o.astype(q.dtype)
     stats = top = None
     if block_stats or return_max_logit:
         where = reference if choice.name == "reference" and page_table is None else xla

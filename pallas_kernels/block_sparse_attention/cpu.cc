@@ -31,7 +31,8 @@ constexpr int kLanes = 4, kRows = 8;
 constexpr int kLanes = 4, kRows = 4;
 #endif
 constexpr int64_t kPanel = 2 * kLanes;  // columns of a panel
-constexpr int64_t kStrip = 32;          // query rows whose scores are held at a time
+constexpr int64_t kStrip = 32;          // query rows whose scores stay in the first-level cache
+constexpr int64_t kDeep = 128;          // query rows over which a product for dk and dv sums at a time
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 constexpr float kLog2e = 1.44269504088896f;
 
@@ -41,7 +42,8 @@ typedef uint32_t Words __attribute__((vector_size(kLanes * 4), aligned(4), may_a
 
 inline Vec Load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 inline void Store(float* p, Vec x) { *reinterpret_cast<Vec*>(p) = x; }
-inline Vec All(float x) { return Vec{} + x; }
+// x - 0 is x for every x, so this is a broadcast alone; 0 + x would be an addition.
+inline Vec All(float x) { return x - Vec{}; }
 inline Ints AllInts(int32_t x) { return Ints{} + x; }
 inline Words AllWords(uint32_t x) { return Words{} + x; }
 inline Words Lane() {
@@ -186,25 +188,34 @@ struct Panels {
 inline Panels Packed(const float* data, int64_t depth) { return {data, kPanel, depth * kPanel}; }
 inline Panels RowMajor(const float* data, int64_t ld) { return {data, ld, kPanel}; }
 
-// R rows of one panel of C (+)= A B. A(r, p) is a[r * lda + p], or a[p * lda + r] if transposed.
+// R rows of one panel of C (+)= A B. A(r, p) is a[r * lda + p], or a[p * lda + r] if transposed. The loops over r are unrolled so
+// that the sums stay in registers.
 template <int R, bool kTransposed>
 inline void Micro(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
   Vec x[R][2];
-  for (int r = 0; r < R; r++) {
-    x[r][0] = add ? Load(c + r * ldc) : Vec{};
-    x[r][1] = add ? Load(c + r * ldc + kLanes) : Vec{};
-  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) x[r][0] = x[r][1] = Vec{};
   for (int64_t p = 0; p < depth; p++) {
-    Vec b0 = Load(b + p * ldb), b1 = Load(b + p * ldb + kLanes);
+    const Vec b0 = Load(b + p * ldb), b1 = Load(b + p * ldb + kLanes);
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-      Vec s = All(kTransposed ? a[p * lda + r] : a[r * lda + p]);
+      const Vec s = All(kTransposed ? a[p * lda + r] : a[r * lda + p]);
       x[r][0] += s * b0;
       x[r][1] += s * b1;
     }
   }
-  for (int r = 0; r < R; r++) {
-    Store(c + r * ldc, x[r][0]);
-    Store(c + r * ldc + kLanes, x[r][1]);
+  if (add) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      Store(c + r * ldc, Load(c + r * ldc) + x[r][0]);
+      Store(c + r * ldc + kLanes, Load(c + r * ldc + kLanes) + x[r][1]);
+    }
+  } else {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      Store(c + r * ldc, x[r][0]);
+      Store(c + r * ldc + kLanes, x[r][1]);
+    }
   }
 }
 
@@ -520,10 +531,10 @@ ffi::Error Backward(ffi::ThreadPool pool, int64_t bq, int64_t bk, float scale, f
     float* dk_sum = sums[t]->get();
     float* dv_sum = dk_sum + c.nk * k_tile;
     uint8_t* mark = touched.get() + t * c.nk;
-    float* scratch = Scratch(c.bq * (2 * c.dim_p + c.v_dim_p + 2) + 4 * kStrip * c.bk_p + 64);
+    const int64_t deepest = std::min(kDeep, c.bq);
+    float* scratch = Scratch(c.bq * (2 * c.dim_p + c.v_dim_p + 2) + (2 * deepest + kStrip) * c.bk_p + 64);
     float *gq = scratch, *qs = gq + c.bq * c.dim_p, *gs = qs + c.bq * c.dim_p, *s = gs + c.bq * c.v_dim_p;
-    float *ds = s + kStrip * c.bk_p, *slope = ds + kStrip * c.bk_p, *kept = slope + kStrip * c.bk_p;
-    float *delta = kept + kStrip * c.bk_p, *base = delta + c.bq;
+    float *ds = s + deepest * c.bk_p, *cap = ds + deepest * c.bk_p, *delta = cap + kStrip * c.bk_p, *base = delta + c.bq;
     for (int64_t i = begin; i < end; i++) {
       for (int64_t h = kv_h * c.group; h < (kv_h + 1) * c.group; h++) {
         const int64_t rows = std::min(c.bq, c.q_len - i * c.bq), list = c.ListRow(b, h, i);
@@ -543,48 +554,49 @@ ffi::Error Backward(ffi::ThreadPool pool, int64_t bq, int64_t bk, float scale, f
           const int64_t j = c.idx[list * c.width + slot], block = n * c.nk + j;
           Place at{b, h, i, slot, j, 0, 0, std::min(c.bk, c.limits[b] - j * c.bk), (c.flags & kBits) && slot < c.n_part[list]};
           float tile_sum = 0;
-          for (at.row0 = 0; at.row0 < rows && at.columns > 0; at.row0 += kStrip) {
-            at.rows = std::min(kStrip, rows - at.row0);
-            const float *q0 = qs + at.row0 * c.dim_p, *g0 = gs + at.row0 * c.v_dim_p;
-            Multiply<false>(at.rows, c.bk_p, c.dim, q0, c.dim_p, Packed(kt->typed_data() + block * c.bk_p * c.dim, c.dim), s,
-                            c.bk_p, false);
-            Multiply<false>(at.rows, c.bk_p, c.v_dim, g0, c.v_dim_p,
-                            Packed(vt->typed_data() + block * c.bk_p * c.v_dim, c.v_dim), ds, c.bk_p, false);
-            c.Finish(at, s, slope);
-            const int32_t* keys = c.kv_pos + (c.kv_pos_b == 1 ? 0 : b) * c.kv_len + j * c.bk;
-            for (int64_t r = 0; r < at.rows; r++) {
-              float *p = s + r * c.bk_p, *d = ds + r * c.bk_p;
-              const float lower = base[at.row0 + r], off = delta[at.row0 + r];
-              for (int64_t x = 0; x < c.bk_p; x += kLanes) Store(p + x, Exp(Load(p + x) - lower));
-              if (c.threshold) {
-                float* w = kept + r * c.bk_p;
-                std::memcpy(w, p, c.bk_p * 4);
-                c.Drop(at, r, w);
-                c.Drop(at, r, d);
+          for (int64_t deep0 = 0; deep0 < rows && at.columns > 0; deep0 += kDeep) {
+            const int64_t deep = std::min(kDeep, rows - deep0);
+            for (at.row0 = deep0; at.row0 < deep0 + deep; at.row0 += kStrip) {
+              at.rows = std::min(kStrip, deep0 + deep - at.row0);
+              const int64_t skip = (at.row0 - deep0) * c.bk_p;
+              float *weights = s + skip, *slopes = ds + skip;
+              Multiply<false>(at.rows, c.bk_p, c.dim, qs + at.row0 * c.dim_p, c.dim_p,
+                              Packed(kt->typed_data() + block * c.bk_p * c.dim, c.dim), weights, c.bk_p, false);
+              Multiply<false>(at.rows, c.bk_p, c.v_dim, gs + at.row0 * c.v_dim_p, c.v_dim_p,
+                              Packed(vt->typed_data() + block * c.bk_p * c.v_dim, c.v_dim), slopes, c.bk_p, false);
+              c.Finish(at, weights, cap);
+              const int32_t* keys = c.kv_pos + (c.kv_pos_b == 1 ? 0 : b) * c.kv_len + j * c.bk;
+              for (int64_t r = 0; r < at.rows; r++) {
+                float *p = weights + r * c.bk_p, *d = slopes + r * c.bk_p;
+                const float lower = base[at.row0 + r], off = delta[at.row0 + r];
+                if (c.threshold) c.Drop(at, r, d);
+                Vec sum = Vec{};
+                for (int64_t x = 0; x < c.bk_p; x += kLanes) {
+                  const Vec weight = Exp(Load(p + x) - lower), g = weight * (Load(d + x) - off);
+                  sum += g;
+                  Store(p + x, weight);
+                  Store(d + x, g);
+                }
+                if (c.threshold) c.Drop(at, r, p);
+                if (c.flags & kBlockBias) tile_sum += Sum(sum);
+                if (c.flags & kAlibi) {
+                  const int32_t here = c.q_pos[(c.pos_b == 1 ? 0 : b) * c.q_len + i * c.bq + at.row0 + r];
+                  float part_sum = 0;
+                  for (int64_t x = 0; x < at.columns; x++) part_sum -= d[x] * std::abs(static_cast<float>(keys[x] - here));
+                  alibi_sum += part_sum;
+                }
+                if (c.soft_cap != 0) {
+                  for (int64_t x = 0; x < c.bk_p; x += kLanes) Store(d + x, Load(d + x) * Load(cap + r * c.bk_p + x));
+                }
               }
-              Vec sum = Vec{};
-              for (int64_t x = 0; x < c.bk_p; x += kLanes) {
-                Vec g = Load(p + x) * (Load(d + x) - off);
-                sum += g;
-                Store(d + x, g);
-              }
-              if (c.flags & kBlockBias) tile_sum += Sum(sum);
-              if (c.flags & kAlibi) {
-                const int32_t here = c.q_pos[(c.pos_b == 1 ? 0 : b) * c.q_len + i * c.bq + at.row0 + r];
-                float part_sum = 0;
-                for (int64_t x = 0; x < at.columns; x++) part_sum -= d[x] * std::abs(static_cast<float>(keys[x] - here));
-                alibi_sum += part_sum;
-              }
-              if (c.soft_cap != 0) {
-                for (int64_t x = 0; x < c.bk_p; x += kLanes) Store(d + x, Load(d + x) * Load(slope + r * c.bk_p + x));
-              }
+              Multiply<false>(at.rows, c.dim_p, c.bk, slopes, c.bk_p, Packed(kp->typed_data() + block * k_tile, c.bk),
+                              gq + at.row0 * c.dim_p, c.dim_p, !first);
             }
             const bool add = mark[j];
-            Multiply<false>(at.rows, c.dim_p, c.bk, ds, c.bk_p, Packed(kp->typed_data() + block * k_tile, c.bk),
-                            gq + at.row0 * c.dim_p, c.dim_p, !first);
-            Multiply<true>(c.bk, c.dim_p, at.rows, ds, c.bk_p, RowMajor(q0, c.dim_p), dk_sum + j * k_tile, c.dim_p, add);
-            Multiply<true>(c.bk, c.v_dim_p, at.rows, c.threshold ? kept : s, c.bk_p, RowMajor(g0, c.v_dim_p),
-                           dv_sum + j * v_tile, c.v_dim_p, add);
+            Multiply<true>(c.bk, c.dim_p, deep, ds, c.bk_p, RowMajor(qs + deep0 * c.dim_p, c.dim_p), dk_sum + j * k_tile,
+                           c.dim_p, add);
+            Multiply<true>(c.bk, c.v_dim_p, deep, s, c.bk_p, RowMajor(gs + deep0 * c.v_dim_p, c.v_dim_p), dv_sum + j * v_tile,
+                           c.v_dim_p, add);
             mark[j] = 1;
           }
           first = first && at.columns <= 0;

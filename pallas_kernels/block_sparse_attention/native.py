@@ -109,7 +109,7 @@ def _call(name: str, shapes: list[tuple[int, ...]], operands: tuple, attributes:
 
 
 def forward(q: Array, k: Array, v: Array, lists: BlockLists, extras: Extras, settings: Settings) -> tuple[Array, Array]:
-    """Output [B, Sq, H, Dv] in the dtype of q and lse [B, H, Sq]; see `block_sparse_attention`."""
+    """Output [B, Sq, H, Dv] and lse [B, H, Sq] in float32; see `block_sparse_attention`."""
     batch, q_len, heads, dim = q.shape
     kv_heads, v_dim = k.shape[2], v.shape[3]
     operands, attributes = _inputs(q, k, v, lists, extras, settings)
@@ -123,7 +123,7 @@ def forward(q: Array, k: Array, v: Array, lists: BlockLists, extras: Extras, set
         (tiles, lists.bk, _padded(v_dim)),
     ]
     o, lse, *_ = _call("bsa_forward", shapes, operands, attributes)
-    return o.astype(q.dtype), lse
+    return o, lse
 
 
 def _few_queries(q: Array, k: Array, lists: BlockLists, settings: Settings) -> bool:
@@ -146,7 +146,7 @@ def _decode(q, k, v, lists, extras, operands, attributes) -> tuple[Array, Array]
     shapes = [(*q.shape[:3], v_dim), (batch, heads, q_len), (owners, parts, rows, _padded(v_dim) + 2)]
     attributes = attributes | {"parts": np.int64(parts), "kv_len": np.int64(lists.kv_len)}
     o, lse, _ = _call("bsa_decode", shapes, (*operands, pages), attributes)
-    return o.astype(q.dtype), lse
+    return o, lse
 
 
 def backward(

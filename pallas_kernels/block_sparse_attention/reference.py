@@ -59,7 +59,7 @@ def logits_and_mask(
 
 
 def forward(q: Array, k: Array, v: Array, lists: BlockLists, extras: Extras, settings: Settings) -> tuple[Array, Array]:
-    """Output [B, Sq, H, Dv] in the dtype of q and lse [B, H, Sq]; see `block_sparse_attention`."""
+    """Output [B, Sq, H, Dv] and lse [B, H, Sq], at least float32; see `block_sparse_attention`."""
     batch, q_len, heads, _ = q.shape
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     if extras.page_table is not None:
@@ -79,7 +79,7 @@ def forward(q: Array, k: Array, v: Array, lists: BlockLists, extras: Extras, set
         kept = keep_mask(extras.seed, settings, head, jnp.arange(q_len)[:, None], jnp.arange(lists.kv_len))
         weights = jnp.where(kept, weights / (1 - settings.dropout), 0)
     v = jnp.repeat(v, heads // v.shape[2], axis=2).astype(dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, v, precision="highest").astype(q.dtype), lse
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v, precision="highest"), lse
 
 
 def block_stats(

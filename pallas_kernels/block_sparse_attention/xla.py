@@ -292,7 +292,7 @@ class _Call:
 
 
 def forward(q: Array, k: Array, v: Array, lists: BlockLists, extras: Extras, settings: Settings) -> tuple[Array, Array]:
-    """Output [B, Sq, H, Dv] in the dtype of q and lse [B, H, Sq]; see `block_sparse_attention`."""
+    """Output [B, Sq, H, Dv] and lse [B, H, Sq], at least float32; see `block_sparse_attention`."""
     call = _Call(q, k, v, lists, extras, settings, direct=extras.page_table is not None or lists.nq == 1)
     layout, dtype = call.layout, call.dtype
     height = layout.rows * lists.bq
@@ -321,7 +321,7 @@ def forward(q: Array, k: Array, v: Array, lists: BlockLists, extras: Extras, set
         safe = jnp.where(empty, 1, total)
         o = acc / safe.reshape(layout.owners, height, 1)
         lse = jnp.where(empty, -jnp.inf, jnp.where(empty, 0, top) + jnp.log(safe))
-        return o.astype(q.dtype), lse.reshape(layout.owners, height, 1)
+        return o, lse.reshape(layout.owners, height, 1)
 
     def chunk_pass(_, xs):
         chunk, rows = xs

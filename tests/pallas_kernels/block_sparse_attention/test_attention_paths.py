@@ -63,6 +63,14 @@ def test_xla_equals_reference_in_float64(case):
         zoo.assert_trees_close(case.run("xla", jnp.float64), case.run("reference", jnp.float64), 1e-11, 1e-12)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@settings(max_examples=3, deadline=None)
+@given(zoo.cases())
+def test_xla_error_in_low_precision_is_at_most_twice_the_plain_one(dtype, case):
+    with jax.enable_x64(True):
+        zoo.assert_as_exact_as_plain(case, "xla", dtype)
+
+
 @pytest.mark.parametrize("name", ["reference", "xla"])
 def test_full_tiles_relabelled_as_partial_change_nothing(name):
     tiles = np.array([[1, 0, 0], [2, 1, 0], [2, 2, 1]])
