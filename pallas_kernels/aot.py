@@ -23,7 +23,10 @@ from pallas_kernels import static_report
 
 TPU_TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 TARGETS = (*TPU_TOPOLOGIES, "h200")
-KERNELS = {"block_sparse_attention": "pallas_kernels.block_sparse_attention.programs"}
+KERNELS = {
+    "block_sparse_attention": "pallas_kernels.block_sparse_attention.programs",
+    "block_sparse_matmul": "pallas_kernels.block_sparse_matmul.programs",
+}
 """Modules with a dataclass `Shape` and `programs(shape, implementation, array) -> {name: (function, arguments)}`."""
 
 _H200 = """gpu_device_info {
