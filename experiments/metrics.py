@@ -12,12 +12,16 @@ class MetricsLog:
         path: the file.
         after: the step of the checkpoint that a run resumes from: later records, and the closing one, are dropped,
             because the run will write them again. None starts an empty file.
+        writes: False for processes that keep their records to themselves, since another one writes the file.
     """
 
-    def __init__(self, path: str | Path, *, after: int | None):
+    def __init__(self, path: str | Path, *, after: int | None, writes: bool = True):
         self.path = Path(path)
         self.records = [] if after is None else [r for r in read_records(self.path) if r["step"] <= after]
         self.records = [record for record in self.records if record["kind"] != "final"]
+        self._file = None
+        if not writes:
+            return
         # A new file takes the place of the old one at once, so that no kill can leave half of it.
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records))
@@ -28,8 +32,9 @@ class MetricsLog:
         """Appends a record and returns it."""
         record = {"kind": kind, "step": step, **fields}
         self.records.append(record)
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
         return record
 
     def last(self, kind: str) -> dict | None:
@@ -40,7 +45,8 @@ class MetricsLog:
         return self
 
     def __exit__(self, *exception):
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_records(path: str | Path) -> list[dict]:

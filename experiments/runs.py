@@ -1,12 +1,15 @@
 """Runs an experiment: every algorithm under every seed, each in a folder of its own, and the report."""
 
 import dataclasses
+import functools
 import json
 import os
 from pathlib import Path
 
 from experiments.experiment import Experiment, Task, UsageError
+from experiments.machines import Machines
 from experiments.metrics import read_records
+from experiments.processes import agree, from_first
 from experiments.report import build_report, print_table
 from experiments.train import train
 from experiments.variant import Variant
@@ -15,34 +18,50 @@ from experiments.variant import Variant
 _NOT_OF_THE_RUN = ("algorithms", "seeds", "output", "resume", "keep_checkpoints")
 
 
-def run_experiment(experiment: Experiment, config, *, progress: bool = True) -> Path:
+def run_experiment(
+    experiment: Experiment,
+    config,
+    *,
+    progress: bool = True,
+    machines: Machines = Machines(),  # noqa: B008 (frozen)
+) -> Path:
     """Trains all algorithms and seeds of a configuration, builds the report and prints the table.
 
     Args:
         experiment: the experiment.
         config: its configuration.
         progress: show progress bars.
+        machines: the devices and processes to run on.
 
     Returns:
         The experiment's folder.
 
     Raises:
         UsageError: the configuration cannot be run, or the folder has other runs of the same names.
+        DisagreementError: processes were started with different configurations or data.
     """
     _check(config)
-    folder = output_folder(experiment.name, config)
+    machines.start()
+    layout = machines.layout()
+    folder = Path(from_first(lambda: str(output_folder(experiment.name, config)), machines.patience))
     task = experiment.task(config)
+    agree(dataclasses.asdict(config) | {"data": task.digest, "mesh": machines.mesh}, machines.patience)
     try:
-        variants = [Variant(experiment, config, name, task) for name in config.algorithms]
+        variants = [Variant(experiment, config, name, task, layout) for name in config.algorithms]
     except ValueError as error:
         raise UsageError(str(error)) from error
-    print(f"{experiment.name}: {len(variants)} algorithms x {len(config.seeds)} seeds, into {folder}", flush=True)
+    if machines.first:
+        print(f"{experiment.name}: {len(variants)} algorithms x {len(config.seeds)} seeds, into {folder}", flush=True)
     for variant in variants:
         for seed in config.seeds:
-            _run(experiment, variant, task, folder / variant.name / f"seed{seed}", seed, progress)
-    page = build_report(folder)
-    print_table(folder)
-    print(f"report: {page}")
+            run = folder / variant.name / f"seed{seed}"
+            prepare = functools.partial(_prepare, experiment, variant, task, run, seed)
+            if from_first(prepare, machines.patience):
+                train(variant, run, seed, resume=config.resume, progress=progress and machines.first, machines=machines)
+    if machines.first:
+        page = build_report(folder)
+        print_table(folder)
+        print(f"report: {page}")
     return folder
 
 
@@ -71,7 +90,8 @@ def _run_folders(folder: Path, config) -> list[Path]:
     return [folder / name / f"seed{seed}" for name in config.algorithms for seed in config.seeds]
 
 
-def _run(experiment: Experiment, variant: Variant, task: Task, folder: Path, seed: int, progress: bool) -> None:
+def _prepare(experiment: Experiment, variant: Variant, task: Task, folder: Path, seed: int) -> bool:
+    """Writes down what a run is; False where it is finished already."""
     resume = variant.config.resume
     described = {
         name: value for name, value in dataclasses.asdict(variant.config).items() if name not in _NOT_OF_THE_RUN
@@ -87,8 +107,8 @@ def _run(experiment: Experiment, variant: Variant, task: Task, folder: Path, see
     os.replace(temporary, path)
     if resume and any(record["kind"] == "final" for record in read_records(folder / "metrics.jsonl")):
         print(f"{variant.name} seed {seed}: finished already", flush=True)
-        return
-    train(variant, folder, seed, resume=resume, progress=progress)
+        return False
+    return True
 
 
 def _check_same(path: Path, described: dict) -> None:

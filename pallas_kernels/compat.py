@@ -61,6 +61,16 @@ def _placed(mesh: Mesh) -> Callable[..., Any]:
     return lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
+def coordination_client() -> Any:
+    """The client of the service by which the processes of one job find each other; None where there is one process.
+
+    JAX has no public way to wait with a limit or to ask who is there.
+    """
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
 def gpu_load(ref: Any, layout: Any) -> Any:
     """Loads a reference into registers in a layout, inside a Mosaic GPU kernel; JAX 0.10 wants an index besides."""
     from jax.experimental.pallas import mosaic_gpu

@@ -48,6 +48,20 @@ def _device_checksums(leaves):
 
 def _checksum(array, xp):
     nnz = xp.sum(array, dtype=xp.int32 if xp is jnp else xp.int64) if array.dtype == bool else None
+    return bits_checksum(array, xp), nnz
+
+
+def bits_checksum(array, xp=jnp):
+    """The checksum of one array, as `checksums` describes it, as a uint32 scalar; inside `jit` too.
+
+    Args:
+        array: an array; typed random keys only where `xp` is `jax.numpy`.
+        xp: `jax.numpy` or `numpy`, whichever the array is of.
+
+    Example:
+        >>> int(bits_checksum(jnp.arange(3)))
+        602481317
+    """
     words = _words(array, xp)
     position, stride = xp.uint32(0), 1
     for axis in reversed(range(words.ndim)):
@@ -56,7 +70,7 @@ def _checksum(array, xp):
     mixed = words ^ (position * xp.uint32(0x9E3779B9) + xp.uint32(0x7F4A7C15))
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # the finalizer of MurmurHash3, a bijection
         mixed = (mixed ^ (mixed >> xp.uint32(shift))) * xp.uint32(factor)
-    return xp.sum(mixed ^ (mixed >> xp.uint32(16)), dtype=xp.uint32), nnz
+    return xp.sum(mixed ^ (mixed >> xp.uint32(16)), dtype=xp.uint32)
 
 
 def _iota(shape, axis, xp):

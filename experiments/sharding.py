@@ -1,0 +1,188 @@
+"""Where the arrays of a training run lie: a mesh of devices and rules that give every axis of every array its place.
+
+A mesh has three axes: `data` (copies of the network, each with its part of the batch), `fsdp` (the batch again, and the
+network itself, whose parts are gathered when they are used) and `tensor` (heads and hidden features). Rules name the
+axes of a parameter, and say along which mesh axis a name is split. Masks, moments, gradients and what has been explored
+lie as their parameters do. An axis that its mesh axis does not divide is kept whole.
+"""
+
+import contextlib
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from experiments.experiment import UsageError
+from sparsejax.masks.paths import map_with_names, named_leaves
+
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+
+PARAMETER_AXES = {
+    "*kernel": ("embed", "hidden"),
+    "*down/kernel": ("hidden", "embed"),
+    "*attention/*/kernel": ("embed", "heads", None),
+    "*attention/out/kernel": ("heads", None, "embed"),
+    "head/kernel": ("embed", "vocabulary"),
+}
+"""Globs over names of parameters, and names of their last axes; of those that fit, the last one counts."""
+
+SPLIT = {"embed": "fsdp", "hidden": "tensor", "heads": "tensor", "vocabulary": "tensor"}
+"""The mesh axis along which a named axis is split."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh and the rules by which arrays lie on it.
+
+    Args:
+        mesh: a mesh with the axes `MESH_AXES`; see `make_mesh`.
+        parameter_axes: names of parameters' axes, as `PARAMETER_AXES`.
+        split: mesh axes of names, as `SPLIT`.
+        present: False for a mesh of devices that are not there, for which programs are only compiled.
+
+    Example:
+        >>> layout = Layout(make_mesh((1, 1, 1)))
+        >>> layout.spec("blocks/0/up/kernel", (64, 256))
+        PartitionSpec('fsdp', 'tensor')
+    """
+
+    mesh: Mesh
+    parameter_axes: Mapping[str, tuple] = dataclasses.field(default_factory=lambda: PARAMETER_AXES)
+    split: Mapping[str, str] = dataclasses.field(default_factory=lambda: SPLIT)
+    present: bool = True
+
+    @property
+    def explicit(self) -> bool:
+        """Whether shardings are part of the types of arrays."""
+        return AxisType.Explicit in self.mesh.axis_types
+
+    @property
+    def batch_shards(self) -> int:
+        """Into how many parts a batch is split."""
+        return math.prod(self.mesh.shape[axis] for axis in BATCH)
+
+    def spec(self, name: str, shape: tuple[int, ...]) -> PartitionSpec:
+        """The mesh axis, or None, of each axis of a parameter."""
+        fitting = [axes for glob, axes in self.parameter_axes.items() if fnmatch.fnmatchcase(name, glob)]
+        if not fitting or len(shape) < len(fitting[-1]):
+            return PartitionSpec()
+        names = (None,) * (len(shape) - len(fitting[-1])) + fitting[-1]
+        places = [self.split.get(axis) for axis in names]
+        whole = [place is None or size % self.mesh.shape[place] for place, size in zip(places, shape, strict=True)]
+        return PartitionSpec(*(None if kept else place for place, kept in zip(places, whole, strict=True)))
+
+    def sharding(self, *spec) -> NamedSharding:
+        """The sharding of an array with these mesh axes; without any the array is whole on every device."""
+        return NamedSharding(self.mesh, PartitionSpec(*spec))
+
+    def of_params(self, params):
+        """A tree like `params` of shardings."""
+        return map_with_names(lambda name, p: NamedSharding(self.mesh, self.spec(name, p.shape)), params)
+
+    def of_state(self, state, params):
+        """A tree like `state` of shardings; what is named and shaped like a parameter lies like it.
+
+        Args:
+            state: any tree of arrays or `jax.ShapeDtypeStruct` that has copies of the tree of parameters in it, such as
+                moments and masks.
+            params: the parameters, arrays or `jax.ShapeDtypeStruct`.
+        """
+        shapes = {name: leaf.shape for name, leaf in named_leaves(params)}
+
+        def place(name, leaf):
+            parts = name.split("/")
+            tails = ("/".join(parts[start:]) for start in range(len(parts)))
+            match = next((tail for tail in tails if shapes.get(tail) == leaf.shape), None)
+            return self.sharding() if match is None else NamedSharding(self.mesh, self.spec(match, leaf.shape))
+
+        return map_with_names(place, state)
+
+    def place_batch(self, batch, *, stacked: bool = False):
+        """Makes global arrays of the rows that this process has read.
+
+        Args:
+            batch: `{name: array (rows of this process, ...)}`.
+            stacked: arrays have an axis of batches before that of rows.
+        """
+        spec = (None, BATCH) if stacked else (BATCH,)
+        axis = int(stacked)
+
+        def place(rows):
+            shape = list(rows.shape)
+            shape[axis] *= jax.process_count()
+            return jax.make_array_from_process_local_data(self.sharding(*spec), np.asarray(rows), tuple(shape))
+
+        return jax.tree.map(place, batch)
+
+    def context(self) -> contextlib.AbstractContextManager:
+        """The context in which functions on these arrays are called."""
+        return jax.set_mesh(self.mesh) if self.present else jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
+
+    def automatically(self, function, *, out):
+        """Runs a function under automatic partitioning on an explicit mesh too, where it would need annotations.
+
+        Args:
+            function: any function of arrays.
+            out: tree of shardings of its results.
+        """
+        if not self.explicit:
+            return function
+        return jax.sharding.auto_axes(function, axes=MESH_AXES, out_sharding=out)
+
+
+def make_mesh(shape: tuple[int, int, int], axis_types: Literal["auto", "explicit"] = "auto", devices=None) -> Mesh:
+    """Makes a mesh of devices.
+
+    Args:
+        shape: devices along `data`, `fsdp` and `tensor`; at most one may be -1, which takes all that are left.
+        axis_types: whether the compiler finds shardings by itself, or they are part of the types.
+        devices: by default all; one process may use the first few of them, several use all.
+
+    Raises:
+        UsageError: the shape does not fit the devices.
+
+    Example:
+        >>> make_mesh((1, 1, 1)).axis_names
+        ('data', 'fsdp', 'tensor')
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    processes = len({device.process_index for device in devices})
+    filled = fill_mesh(shape, len(devices), exactly=processes > 1)
+    if filled[0] * filled[1] % processes:
+        raise UsageError(
+            f"mesh is {shape}: data x fsdp = {filled[0] * filled[1]} parts of a batch cannot be read by {processes} "
+            "processes; make it a multiple of them"
+        )
+    kind = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}[axis_types]
+    return jax.make_mesh(filled, MESH_AXES, axis_types=(kind,) * 3, devices=devices[: math.prod(filled)])
+
+
+def fill_mesh(shape: tuple[int, int, int], devices: int, *, exactly: bool = True) -> tuple[int, int, int]:
+    """Replaces -1 in the shape of a mesh.
+
+    Args:
+        shape: devices along `data`, `fsdp` and `tensor`.
+        devices: how many there are.
+        exactly: the mesh must take all of them.
+
+    Raises:
+        UsageError: it does not fit.
+
+    Example:
+        >>> fill_mesh((-1, 4, 2), 64)
+        (8, 4, 2)
+    """
+    if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
+        raise UsageError(f"mesh is {shape}; give three numbers of devices, one of them may be -1 for all that are left")
+    known = math.prod(size for size in shape if size != -1)
+    filled = tuple(devices // known if size == -1 else size for size in shape)
+    wanted = math.prod(filled)
+    if not 1 <= wanted <= devices or ((exactly or -1 in shape) and wanted != devices):
+        raise UsageError(f"mesh is {shape}, which does not fit {devices} devices: their product must be {devices}")
+    return filled
