@@ -34,6 +34,7 @@ Name = Literal[
 ]
 Distribution = Literal["erdos_renyi_kernel", "erdos_renyi", "uniform", "global"]
 Structure = Literal["unstructured", "block", "channel"]
+Storage = Literal["masks", "block"]
 
 BEFORE_TRAINING = ("snip", "grasp", "synflow")  # these find masks once and need loss and data to do so
 
@@ -51,8 +52,8 @@ def rules_of(config) -> dict[str, None]:
 
 
 def structure_of(config):
-    """The structure that a configuration names."""
-    match config.structure:
+    """The structure that a configuration names; what is stored in blocks is sparse in blocks."""
+    match "block" if config.storage == "block" else config.structure:
         case "unstructured":
             return sparsejax.Unstructured()
         case "block":
@@ -112,10 +113,19 @@ def make_algorithm(name: Name, config, *, seed=0, masks=None) -> sparsejax.Algor
             return sparsejax.saliency(sparsity, step=config.steps // 2, **where)
         case "iterative":
             rounds = 10
+            if end < rounds:
+                raise UsageError(
+                    f"iterative prunes in {rounds} rounds, which do not fit into {end} of {config.steps} steps"
+                )
             rate = 1 - (1 - sparsity) ** (1 / rounds)
             return sparsejax.iterative(rate=rate, rounds=rounds, every=max(end // rounds, 1), **where)
         case "cyclic":
             cycles = 3
+            if end < 2 * every * cycles:
+                raise UsageError(
+                    f"cyclic takes {cycles} cycles of at least 2 x update_every={every} steps, which do not fit into {end} "
+                    f"of {config.steps} steps; choose a smaller update_every"
+                )
             period = 2 * every * max(end // (2 * every * cycles), 1)
             return sparsejax.cyclic(sparsity, period=period, cycles=cycles, update_every=every, **where)
         case "ac_dc":
@@ -136,6 +146,32 @@ def make_algorithm(name: Name, config, *, seed=0, masks=None) -> sparsejax.Algor
         case "sdgf":
             return sparsejax.sdgf(kept, of, begin=tenth, every=tenth)
     raise UsageError(f"no algorithm is called {name!r}; known are {', '.join(Name.__args__)}")
+
+
+_FIXED = ("nm", "sr_ste", "mdgf", "sdgf")  # n of m says how much and what is kept together
+_OWN_SHARES = (*BEFORE_TRAINING, "global_magnitude")  # one threshold over all layers
+
+
+def ignored_options(config, default) -> list[str]:
+    """What the algorithms of a configuration make nothing of, though it was asked for: a sentence for each.
+
+    Args:
+        config: the configuration.
+        default: that of the experiment; what equals it was not asked for.
+
+    Returns:
+        Sentences to print.
+    """
+    fields = ("distribution", "sparsity", "structure")
+    asked = [field for field in fields if getattr(config, field) != getattr(default, field)]
+    kept, of = config.n_of_m
+    notes = []
+    for name in config.algorithms:
+        if name in _FIXED:
+            notes += [f"{name} keeps {kept} of {of} weights, by --n-of-m; --{field} is not used" for field in asked]
+        elif name in _OWN_SHARES and "distribution" in asked:
+            notes.append(f"{name} ranks the weights of all layers together; --distribution is not used")
+    return notes
 
 
 def find_masks(name: Name, config, params, apply, batches):

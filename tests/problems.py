@@ -279,7 +279,7 @@ PRESETS = {
     "movement": Preset(lambda params: movement(0.75, begin=2, end=8, learning_rate=0.125), lambda t: _MOVEMENT(t + 1)),
     "rigl_nm": Preset(lambda params: rigl(0.5, structure=NM(2, 4), update_every=3, stop=10), _constant(0.5), 4),
     "rigl_block": Preset(
-        lambda params: rigl(0.75, structure=Block((4, 4)), update_every=3, stop=10),
+        lambda params: rigl(0.75, structure=Block((4, 4)), update_every=3, stop=10, seed=1),
         _constant(0.75),
         {"hidden/kernel": 3 * 16, "out/kernel": 3 * 16},  # of 16 and 8 blocks
     ),

@@ -31,6 +31,8 @@ class Config:
     structure: names.Structure = "unstructured"
     # rows and columns of a block, for --structure block
     block: tuple[int, int] = (4, 4)
+    # masks over dense weights, or only the blocks that are kept: then time and memory follow the density
+    storage: names.Storage = "masks"
     # n and m for nm, sr_ste, mdgf and sdgf: n of m consecutive inputs are kept
     n_of_m: tuple[int, int] = (2, 4)
     # layers left dense, as globs over names such as blocks/0/conv1/kernel

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from sparsejax.analysis.flops import ForwardFlops, sparse_flops
 from sparsejax.analysis.overlap import mask_overlap
 from sparsejax.analysis.table import html_table, percent, shorten, text_table
-from sparsejax.masks.paths import named_leaves
+from sparsejax.masks.paths import is_stored, named_leaves
 
 HEADINGS = ("path", "shape", "structure", "target", "sparsity", "nnz", "size", "FLOPs", "execution")
 OPTIONAL = {HEADINGS.index(heading) for heading in ("structure", "target", "FLOPs")}
@@ -50,11 +50,13 @@ class Summary:
         rows: a `Row` for each leaf, in the order of the tree.
         forward: dense forward FLOPs, None when not given.
         sparse_forward: forward FLOPs that are not spent on zeros, None when not given.
+        kernels: what multiplies stored weights here.
     """
 
     rows: tuple[Row, ...]
     forward: int | None = None
     sparse_forward: int | None = None
+    kernels: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -119,7 +121,10 @@ class Summary:
         if any(row.execution == "simulated" for row in masked):
             totals.append("simulated: dense compute on zeros; time and memory are those of the dense layer")
         if any(row.execution == "accelerated" for row in masked):
-            totals.append("accelerated: a kernel skips the zeros; time and memory follow the density")
+            totals.append("accelerated: only blocks that are kept are stored; time and memory follow the density")
+            totals += [f"  on {kernel}" for kernel in self.kernels]
+        if any(row.execution == "stored" for row in self.rows):
+            totals.append("stored: memory follows the density, time is that of the dense layer")
         return totals
 
 
@@ -141,7 +146,7 @@ def summarize(
         flops: dense forward FLOPs from `layer_flops`; adds the FLOPs column and total.
         structures: `{path: structure}` (or its name); printed shortly, `NM(2, 4)`.
         execution: `{path: "simulated" | "accelerated" | "dense"}` where it is not the default, which is `simulated`
-            for leaves with a mask and `dense` for the others.
+            for leaves with a mask and `dense` for the others; of stored weights it is what they say of themselves.
 
     Returns:
         A `Summary`; `print` it.
@@ -165,18 +170,22 @@ def summarize(
         simulated: dense compute on zeros; time and memory are those of the dense layer
     """
     targets, structures, execution = targets or {}, structures or {}, execution or {}
-    leaves = dict(named_leaves(params))
+    leaves = dict(named_leaves(params, is_stored))
+    stored = {path: leaf for path, leaf in leaves.items() if is_stored(leaf)}
+    structures = {path: leaf.structure for path, leaf in stored.items()} | structures
+    execution = {path: leaf.execution for path, leaf in stored.items()} | execution
     for path, mask in named_leaves(masks):
         if path not in leaves:
             raise ValueError(f"masks: {path} is no parameter; the parameters are {list(leaves)}")
-        if mask.shape != leaves[path].shape:
+        if path not in stored and mask.shape != leaves[path].shape:
             raise ValueError(f"{path}: the mask has shape {mask.shape}, the parameter {leaves[path].shape}")
-    counts = mask_overlap(masks, masks).layers
+    counts = {path: change.nnz for path, change in mask_overlap(masks, masks).layers.items()}
+    counts |= {path: leaf.nnz for path, leaf in stored.items()}
     left = sparse_flops(flops, masks) if flops else None
 
     def row(path, leaf):
         size = math.prod(leaf.shape)
-        nnz = counts[path].nnz if path in counts else size
+        nnz = counts.get(path, size)
         return Row(
             path=path,
             shape=tuple(leaf.shape),
@@ -190,7 +199,8 @@ def summarize(
         )
 
     rows = tuple(row(path, leaf) for path, leaf in leaves.items())
-    return Summary(rows, flops.total if flops else None, left.total if left else None)
+    kernels = tuple(dict.fromkeys(leaf.kernel for leaf in stored.values()))
+    return Summary(rows, flops.total if flops else None, left.total if left else None, kernels)
 
 
 def _cells(row: Row) -> tuple[str, ...]:

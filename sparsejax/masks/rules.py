@@ -245,7 +245,7 @@ def _resolve_leaf(path: str, leaf, rules: Rules, structure, used: set[int]) -> L
     if math.prod(shape) == 0 or not jnp.issubdtype(dtype, jnp.floating):
         chosen_dense = unfit
     if stored and not chosen_dense:
-        return _resolve_stored(path, leaf, structure, sparsity)
+        return resolve_stored(path, leaf, structure, sparsity)
     if chosen_dense or protected:
         return LeafPlan(path, shape, None, None, None, f"dense: {chosen_dense or protected}")
     if len(shape) < 2:
@@ -271,7 +271,7 @@ def _resolve_leaf(path: str, leaf, rules: Rules, structure, used: set[int]) -> L
     return LeafPlan(path, shape, roles, structure, sparsity, "sparse")
 
 
-def _resolve_stored(path: str, leaf, structure, sparsity) -> LeafPlan:
+def resolve_stored(path: str, leaf, structure, sparsity) -> LeafPlan:
     """A stored leaf brings its structure and its roles along; the algorithm or a rule may only say the same."""
     own = leaf.structure
     if not leaf.moves:

@@ -1,4 +1,4 @@
-"""Working leaf by leaf, so that the working memory of one leaf is free before that of the next is needed."""
+"""In what order things are computed, and whether: one leaf after the other, and only when it is time."""
 
 import jax
 import jax.numpy as jnp
@@ -21,3 +21,19 @@ def after(done: jax.Array, array: jax.Array) -> jax.Array:
         [1.0, 2.0]
     """
     return jnp.where(done >= 0, array, jnp.zeros_like(array))
+
+
+def run_if(due, then, otherwise):
+    """`jax.lax.cond`, without compiling anything where `due` is already known.
+
+    Args:
+        due: a bool, or a bool scalar, traced or not.
+        then: function without arguments.
+        otherwise: function without arguments, of the same result types.
+
+    Returns:
+        The result of one of them.
+    """
+    if isinstance(due, jax.core.Tracer):
+        return jax.lax.cond(due, then, otherwise)
+    return then() if due else otherwise()

@@ -4,15 +4,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sparsejax.masks.block import Block
 from sparsejax.masks.budget import Counts, count_units
 from sparsejax.masks.counts import share_floor, to_ppm
 from sparsejax.masks.layout import match_sharding
-from sparsejax.masks.paths import map_with_names, named_leaves
-from sparsejax.masks.rules import LeafPlan, resolve
+from sparsejax.masks.paths import is_stored, map_with_names, named_leaves
+from sparsejax.masks.rules import LeafPlan, resolve, resolve_stored
 from sparsejax.masks.select import select_top, select_top_global
 from sparsejax.masks.sequence import after
 from sparsejax.masks.unstructured import Unstructured
+from sparsejax.topology import scores
 from sparsejax.topology.algorithm import NEVER, Algorithm, check_density
+from sparsejax.topology.stored import StoredView
 
 
 def plan_leaves(params, algorithm: Algorithm, rules=None) -> tuple[LeafPlan, ...]:
@@ -28,14 +31,19 @@ def plan_leaves(params, algorithm: Algorithm, rules=None) -> tuple[LeafPlan, ...
     never = algorithm.steps == NEVER
     plan = _resolved_or_dense(params, algorithm, rules, never)
     shapes = {leaf.path: leaf.shape for leaf in plan}
+    stored = {leaf.path for leaf in plan if leaf.stored}  # what they store is their starting mask
     for path, mask in given.items():
+        if path in stored:
+            continue
         if path not in shapes:
             raise ValueError(f"masks has a leaf {path!r} that the parameters lack; they have {sorted(shapes)[:8]}")
         if mask.dtype != jnp.bool_ or mask.shape != shapes[path]:
             raise ValueError(f"{path}: the starting mask is {mask.dtype}{mask.shape}; it must be bool{shapes[path]}")
     merged = []
     for leaf in plan:
-        if leaf.path not in given:
+        if leaf.stored:
+            merged.append(leaf)
+        elif leaf.path not in given:
             merged.append(LeafPlan(leaf.path, leaf.shape, None, None, None, "dense: no starting mask"))
         elif leaf.structure is None and not never:
             raise ValueError(f"{leaf.path}: has a starting mask but is {leaf.reason}; a mask that moves needs a rule")
@@ -48,7 +56,12 @@ def plan_leaves(params, algorithm: Algorithm, rules=None) -> tuple[LeafPlan, ...
 
 def _resolved_or_dense(params, algorithm, rules, never: bool):
     if never and rules is None:  # masks that stay need no axis roles
-        return tuple(LeafPlan(path, jnp.shape(leaf), None, None, None, "dense") for path, leaf in named_leaves(params))
+        return tuple(
+            resolve_stored(path, leaf, algorithm.structure, None)
+            if is_stored(leaf)
+            else LeafPlan(path, jnp.shape(leaf), None, None, None, "dense")
+            for path, leaf in named_leaves(params, is_stored)
+        )
     return resolve(params, rules, algorithm.structure)
 
 
@@ -62,22 +75,48 @@ def start_masks(algorithm: Algorithm, plan: tuple[LeafPlan, ...], params, data=N
         data: the algorithm's memory.
 
     Returns:
-        A tree like `params` of fresh bool arrays, `optax.MaskedNode()` at dense leaves.
+        A tree like `params` of fresh bool arrays, `optax.MaskedNode()` at dense leaves. Those of stored leaves are of
+        their grids, and say what is stored, whatever the algorithm would start with.
     """
     planned = {leaf.path: leaf for leaf in plan}
-    dense = map_with_names(lambda path, p: _full(p) if planned[path].structure else optax.MaskedNode(), params)
+
+    def everything(path, p):
+        if planned[path].structure is None:
+            return optax.MaskedNode()
+        return _concrete(p).mask() if planned[path].stored else _full(p)
+
+    dense = map_with_names(everything, params, is_leaf=is_stored)
+    stored = dict(named_leaves(dense))
+    stored = {leaf.path: stored.pop(leaf.path) for leaf in plan if leaf.stored}
     if algorithm.masks is not None:
-        given = dict(named_leaves(algorithm.masks))
+        given = dict(named_leaves(algorithm.masks)) | stored
         return map_with_names(lambda path, mask: match_sharding(jnp.array(given[path]), mask), dense)
-    if algorithm.start is None:
+    if algorithm.start is None or len(stored) == len(jax.tree.leaves(dense)):
         return dense
-    values = jax.tree.map(lambda p: jnp.zeros_like(p) if isinstance(p, jax.ShapeDtypeStruct) else p, params)
+    values = _concrete(params)
     distribution = algorithm.start_distribution or algorithm.distribution
     counts = count_units(plan, distribution, algorithm.sparsity_at(0), algorithm.final_sparsity)
-    views = {path: UnitView(planned[path]) for path, _ in named_leaves(dense)}
+    counts = _without(counts, stored)
+    views = {path: UnitView(planned[path]) for path, _ in named_leaves(dense) if path not in stored}
     units = _unit_scores(algorithm.start, views, values, None, dense, random_key(algorithm, 0), data)
     chosen = choose_units(views, counts, units, dict.fromkeys(views))
-    return map_with_names(lambda path, mask: match_sharding(views[path].spread(chosen[path]), mask), dense)
+
+    def spread(path, mask):
+        return mask if path in stored else match_sharding(views[path].spread(chosen[path]), mask)
+
+    return map_with_names(spread, dense)
+
+
+def _without(counts: Counts, stored: dict) -> Counts:
+    """The counts of the leaves that are not stored; of a pool, what the stored ones leave."""
+    if not stored:
+        return counts
+    pooled = [jnp.sum(mask, dtype=jnp.int32) for path, mask in stored.items() if path in counts.pool]
+    return Counts(
+        {path: count for path, count in counts.layers.items() if path not in stored},
+        counts.pooled - sum(pooled) if counts.pool else None,
+        tuple(path for path in counts.pool if path not in stored),
+    )
 
 
 def move_masks(algorithm: Algorithm, plan: tuple[LeafPlan, ...], params, grads, masks, data, step):
@@ -96,7 +135,11 @@ def move_masks(algorithm: Algorithm, plan: tuple[LeafPlan, ...], params, grads, 
         The new masks, a tree like `masks`. NaN scores rank last: they are pruned first and grown last.
     """
     planned = {leaf.path: leaf for leaf in plan}
-    views = {path: UnitView(planned[path]) for path, _ in named_leaves(masks)}
+    leaves = dict(named_leaves(params, is_stored))
+    views = {
+        path: StoredView(planned[path], leaves[path]) if planned[path].stored else UnitView(planned[path])
+        for path, _ in named_leaves(masks)
+    }
     counts = count_units(plan, algorithm.distribution, algorithm.sparsity_at(step), algorithm.final_sparsity)
     key = random_key(algorithm, step)
     drop_key, grow_key = jax.random.split(key)
@@ -120,16 +163,21 @@ def move_masks(algorithm: Algorithm, plan: tuple[LeafPlan, ...], params, grads, 
 
 
 def _unit_scores(score, views, params, grads, masks, key, data) -> dict:
-    tree = dict(named_leaves(score(params, grads, masks, key, data)))
+    tree = dict(named_leaves(score(params, grads, masks, key, data), is_stored))
+    drawn = {}
+    if score is scores.random:  # blocks draw once each, so that stored and masked ones draw alike
+        drawn = {path: view.like(tree[path]) for path, view in views.items() if isinstance(view.structure, Block)}
+        drawn = score(drawn, None, None, key, None)
     for path, view in views.items():
         if path not in tree:
             raise ValueError(
                 f"the score {score} gave no scores for {path!r}, only for {list(tree)[:5]}; it must return a tree like "
                 "the parameters"
             )
-        if jnp.shape(tree[path]) != view.shape:
-            raise ValueError(f"{path}: the score {score} has shape {jnp.shape(tree[path])}, the weight {view.shape}")
-    return {path: view.pool(tree[path]) for path, view in views.items()}
+        shape = tree[path].shape if is_stored(tree[path]) else jnp.shape(tree[path])
+        if shape != view.shape:
+            raise ValueError(f"{path}: the score {score} has shape {shape}, the weight {view.shape}")
+    return {path: drawn[path] if path in drawn else view.pool(tree[path]) for path, view in views.items()}
 
 
 def _swap(views, counts: Counts, drop, grow, active, fraction):
@@ -203,6 +251,10 @@ class UnitView:
             return jnp.moveaxis(scores, self.roles.batch_axes, range(len(self.batch))) if self.batch else scores
         return self.over_layers(self.structure.pool)(self.roles.to_matrix(scores))
 
+    def like(self, scored):
+        """An array of the units' shape, with the sharding that scores of units get."""
+        return self.pool(scored)
+
     def active(self, mask):
         """Units of which any element is kept."""
         return self.pool(mask) if self.elementwise else self.pool(mask.astype(jnp.float32)) > 0
@@ -223,6 +275,11 @@ class UnitView:
 def random_key(algorithm: Algorithm, step):
     """The key of a step: the same on every host, after every resume."""
     return jax.random.fold_in(jax.random.key(algorithm.seed), step)
+
+
+def _concrete(params):
+    """Zeros in the place of abstract leaves."""
+    return jax.tree.map(lambda p: jnp.zeros_like(p) if isinstance(p, jax.ShapeDtypeStruct) else p, params)
 
 
 def _full(p):

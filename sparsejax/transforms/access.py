@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparsejax.analysis.summary import Summary, summarize
-from sparsejax.masks.paths import map_with_names, named_leaves
+from sparsejax.masks.paths import is_stored, map_with_names, named_leaves
 from sparsejax.transforms.sparsify import SparsifyState
-from sparsejax.transforms.tree import is_masked_node
+from sparsejax.transforms.tree import is_masked_node, kept_elements
 
 
 def sparsify_states(opt_state) -> list[SparsifyState]:
@@ -72,6 +72,8 @@ def _merge(first, second):
 def mask_params(params, opt_state):
     """The parameters with exact zeros off the mask: to start sparse, and for averaged or evaluation copies.
 
+    Stored weights stay as they are: they hold nothing off their masks.
+
     Args:
         params: parameters, or any tree with the same leaf names, such as an exponential moving average.
         opt_state: as in `masks_of`.
@@ -87,8 +89,12 @@ def mask_params(params, opt_state):
         8
     """
     masks = dict(named_leaves(masks_of(opt_state)))
-    _require_masked(dict(named_leaves(params)), masks_of(opt_state))
-    return map_with_names(lambda path, p: jnp.where(masks[path], p, jnp.zeros_like(p)) if path in masks else p, params)
+    _require_masked(dict(named_leaves(params, is_stored)), masks_of(opt_state))
+
+    def masked(path, p):
+        return jnp.where(masks[path], p, jnp.zeros_like(p)) if path in masks and not is_stored(p) else p
+
+    return map_with_names(masked, params, is_leaf=is_stored)
 
 
 def _require_masked(leaves: dict, masks) -> None:
@@ -148,12 +154,13 @@ def check(params, opt_state) -> Health:
         ValueError: naming the leaf, where a weight off the mask is not exactly zero, where a parameter is not finite,
             or where a mask no longer has the count that it was given; and where leaks were counted during training.
     """
-    leaves = dict(named_leaves(nnx.as_pure(params)))
+    leaves = dict(named_leaves(nnx.as_pure(params), is_stored))
     states = sparsify_states(opt_state)
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves.values()):
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(leaves)):
         raise ValueError("check looks at values; call it outside of jit")
     for path, p in leaves.items():
-        off = int(jnp.sum(~jnp.isfinite(p))) if jnp.issubdtype(jnp.result_type(p), jnp.inexact) else 0
+        values = p.values if is_stored(p) else p
+        off = int(jnp.sum(~jnp.isfinite(values))) if jnp.issubdtype(jnp.result_type(values), jnp.inexact) else 0
         if off:
             raise ValueError(
                 f"{path}: {off} values are not finite; masks cannot mend them. Wrap the optimizer, "
@@ -166,9 +173,11 @@ def check(params, opt_state) -> Health:
         soft = float(state.data.get("softness", 0.0)) > 0
         for (path, mask), target in zip(named_leaves(state.masks), state.targets.tolist(), strict=True):
             p = leaves[path]
-            kept = int(jnp.sum(mask))
+            kept = int(kept_elements(mask, p))
             nnz += kept
-            off = int(jnp.sum((p != 0) & ~mask))
+            if is_stored(p):
+                _check_stored(path, p, mask)
+            off = 0 if is_stored(p) else int(jnp.sum((p != 0) & ~mask))
             if off and started and not soft:
                 raise ValueError(
                     f"{path}: {off} of {mask.size - kept} pruned weights are not zero; something changes updates "
@@ -193,6 +202,21 @@ def check(params, opt_state) -> Health:
     return Health(max(int(s.mask_step) for s in states), nnz, sum(int(s.leaks) for s in states))
 
 
+def _check_stored(path: str, leaf, mask) -> None:
+    """Raises `ValueError` where a stored weight holds other blocks than its mask, or values outside of its blocks."""
+    if not bool(jnp.all(leaf.mask() == mask)):
+        raise ValueError(
+            f"{path}: stores other blocks than the masks keep: apply the updates of every step to the indices too, "
+            "with sparsejax.apply_updates, optax.apply_updates or sparsejax.nn.Optimizer"
+        )
+    off = int(jnp.sum((leaf.values != 0) & ~leaf.live(leaf.active)))
+    if off:
+        raise ValueError(
+            f"{path}: {off} values in empty slots or past the edge are not zero; something changes updates after "
+            "sparsify, or parameters between updates. Put it inside: sparsify(optax.chain(...), algorithm)"
+        )
+
+
 def summary(params, opt_state, *, flops=None) -> Summary:
     """A table of every leaf: target and actual sparsity, non-zeros, FLOPs, simulated or accelerated.
 
@@ -212,7 +236,10 @@ def summary(params, opt_state, *, flops=None) -> Summary:
     for state in sparsify_states(opt_state):
         targets |= dict(zip([path for path, _ in named_leaves(state.masks)], state.targets.tolist(), strict=True))
     params = nnx.as_pure(params)
-    leaves = dict(named_leaves(params))
+    leaves = dict(named_leaves(params, is_stored))
     _require_masked(leaves, masks)
-    actual = map_with_names(lambda path, mask: mask | (leaves[path] != 0), masks)
-    return summarize(params, actual, targets=targets, flops=flops)
+
+    def actual(path, mask):
+        return mask if is_stored(leaves[path]) else mask | (leaves[path] != 0)
+
+    return summarize(params, map_with_names(actual, masks), targets=targets, flops=flops)

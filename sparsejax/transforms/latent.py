@@ -10,9 +10,10 @@ import optax
 
 from sparsejax.masks.counts import exact_fraction
 from sparsejax.masks.rules import resolve
+from sparsejax.masks.sequence import run_if
 from sparsejax.topology.algorithm import Algorithm
 from sparsejax.topology.engine import move_masks, start_masks
-from sparsejax.transforms.tree import count_leaks, map_sparse, no_leaf, run_if
+from sparsejax.transforms.tree import count_leaks, map_sparse, no_leaf
 
 
 def merge_latent(params, latent):

@@ -8,12 +8,23 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sparsejax.masks.block import Block
 from sparsejax.masks.budget import count_units
-from sparsejax.masks.sequence import after
+from sparsejax.masks.paths import map_with_names, named_leaves
+from sparsejax.masks.sequence import after, run_if
 from sparsejax.topology.algorithm import NEVER, Algorithm
 from sparsejax.topology.engine import move_masks, plan_leaves, start_masks
+from sparsejax.topology.stored import arrange, check_stored, needs_probe, probe_signal, stored_leaves, stored_updates
 from sparsejax.transforms.latent import init_latent, update_latent
-from sparsejax.transforms.tree import check_trees, count_leaks, count_nnz, keep_moments, map_sparse, run_if
+from sparsejax.transforms.tree import (
+    check_trees,
+    count_leaks,
+    count_nnz,
+    has_stored,
+    keep_moments,
+    map_sparse,
+    values_of,
+)
 
 
 class SparsifyState(NamedTuple):
@@ -96,14 +107,16 @@ def sparsify(
         plan = plan_leaves(params, algorithm, rules)
         if moves:  # what does not fit is known now, not only when masks first move
             jax.eval_shape(lambda: count_units(plan, algorithm.distribution, algorithm.sparsity_at(0)).layers)
+        check_stored(algorithm, plan, params)
         if algorithm.latent:
             masks, latent, data = init_latent(algorithm, rules, plan, params)
         else:
             data = {} if algorithm.memory is None else {"memory": algorithm.memory.init(params)}
             masks, latent = start_masks(algorithm, plan, params, data.get("memory")), None
-        inner_state = inner.init(params)
+        inner_state = inner.init(values_of(params))
         if moves and not algorithm.latent and not _abstract(params):
-            inner_state = keep_moments(inner, inner_state, masks)
+            stored = stored_leaves(params, plan)
+            inner_state = keep_moments(inner, inner_state, _live(masks, stored, arrange(stored, masks, False)))
         return SparsifyState(
             mask_step=jnp.zeros([], jnp.int32),
             masks=masks,
@@ -111,7 +124,7 @@ def sparsify(
             latent=latent,
             data=data,
             leaks=jnp.zeros([], jnp.int32),
-            targets=count_nnz(masks),
+            targets=count_nnz(masks, params),
         )
 
     def update(updates, state, params=None, **extra):
@@ -123,7 +136,7 @@ def sparsify(
             updates, masks, inner_state, latent, data, leaks = update_latent(
                 algorithm, rules, plan, inner, updates, state, params, extra
             )
-            targets = count_nnz(masks)
+            targets = count_nnz(masks, params)
         else:
             latent, data = None, dict(state.data)
             if algorithm.memory is not None:
@@ -132,7 +145,17 @@ def sparsify(
             if moves:
                 due = algorithm.steps.due(state.mask_step)
                 masks, leaks, targets, grew = _move(algorithm, plan, params, updates, state, data.get("memory"), due)
-            updates, inner_state = _step(algorithm, inner, updates, state.inner_state, params, masks, due, grew, extra)
+            stored = stored_leaves(params, plan)
+            moved = arrange(stored, masks, due)
+            leaks = leaks + sum(move.lost for move in moved.values())
+            seen = _live(masks, stored, moved)
+            waiting = _wait(algorithm, plan, seen, state.masks, moved) if moves else seen
+            grads, values = values_of(updates), values_of(params)
+            updates, inner_state = _step(
+                algorithm, inner, grads, state.inner_state, values, seen, waiting, due, grew, extra
+            )
+            if has_stored(params):
+                updates = stored_updates(params, updates, moved, probe_signal(algorithm, state.mask_step + 1))
         return updates, SparsifyState(
             mask_step=optax.safe_increment(state.mask_step),
             masks=masks,
@@ -178,6 +201,9 @@ def _move(algorithm, plan, params, grads, state, memory, due):
 
     def move():
         leaks = jnp.where(state.mask_step > 0, count_leaks(params, state.masks), 0)
+        if needs_probe(algorithm):  # without the signal absent blocks would seem to have no gradient
+            stored = stored_leaves(params, plan).values()
+            leaks = leaks + sum(jnp.sum(leaf.probe_when == 0, dtype=jnp.int32) for leaf in stored)
         old = jax.tree.map(lambda mask: after(leaks, mask), state.masks)
         masks = move_masks(algorithm, plan, params, grads, old, memory, state.mask_step)
         grew = jnp.zeros([], bool)
@@ -186,7 +212,7 @@ def _move(algorithm, plan, params, grads, state, memory, due):
             grew = functools.reduce(jnp.logical_or, jax.tree.leaves(grown), grew)
         # Nothing reads the old masks any more once the new ones are made, so that these can take their place in memory.
         masks = jax.tree.map(lambda mask: mask & (leaks >= 0), masks)
-        return masks, leaks, count_nnz(masks), grew
+        return masks, leaks, count_nnz(masks, params), grew
 
     def stay():
         return state.masks, jnp.zeros([], jnp.int32), state.targets, jnp.zeros([], bool)
@@ -194,8 +220,32 @@ def _move(algorithm, plan, params, grads, state, memory, due):
     return run_if(due, move, stay)
 
 
-def _step(algorithm, inner, grads, inner_state, params, masks, due, grew, extra):
-    """The inner optimizer's step under the new masks.
+def _live(masks, stored, moved):
+    """Masks of what the inner optimizer sees: of a stored leaf, of the values that stay where they are."""
+
+    def mask(path, mask):
+        return stored[path].live(moved[path].stays) if path in moved else mask
+
+    return map_with_names(mask, masks) if stored else masks
+
+
+def _wait(algorithm, plan, masks, old, moved):
+    """Masks without the blocks that have just grown: they take their first step at the next update.
+
+    A stored block has no gradient yet in the step that it grows at; one that is masked waits too, so that both train
+    alike. Where the swap replaces the step, nothing is trained anyway.
+    """
+    if algorithm.grow is None or algorithm.replaces_step:
+        return masks
+    waits = {leaf.path for leaf in plan if isinstance(leaf.structure, Block)} - moved.keys()
+    if not waits:
+        return masks
+    before = dict(named_leaves(old))
+    return map_with_names(lambda path, mask: mask & before[path] if path in waits else mask, masks)
+
+
+def _step(algorithm, inner, grads, inner_state, params, masks, waiting, due, grew, extra):
+    """The inner optimizer's step under the new masks; `waiting` lacks what is not trained in this step.
 
     Off the mask moments are zero, because no gradient reaches them and they are zeroed once a weight is dropped; so a
     weight that grows finds zero moments. Where a swap replaces the step, `inner` gets zero gradients and its update is
@@ -207,7 +257,7 @@ def _step(algorithm, inner, grads, inner_state, params, masks, due, grew, extra)
         kept = jax.tree.map(lambda keep: keep & ~grew, everything)
     inner_state = _keep_when(due, inner, inner_state, kept)
     if algorithm.gradient is None:
-        grads = map_sparse(lambda m, g: jnp.where(m, g, jnp.zeros_like(g)), masks, grads)
+        grads = map_sparse(lambda m, g: jnp.where(m, g, jnp.zeros_like(g)), waiting, grads)
     if algorithm.replaces_step:
         grads = jax.tree.map(lambda g: jnp.where(due, jnp.zeros_like(g), g), grads)
     # A weight pruned just now is not zero yet: seen as it is, it would decay into the moments that were zeroed.
@@ -216,7 +266,7 @@ def _step(algorithm, inner, grads, inner_state, params, masks, due, grew, extra)
     if algorithm.replaces_step:
         updates = jax.tree.map(lambda u: jnp.where(due, jnp.zeros_like(u), u), updates)
     # -p is not cast: in the wider of the two dtypes p + (-p) is exactly 0.
-    return map_sparse(lambda m, u, p: jnp.where(m, u, -p), masks, updates, params), inner_state
+    return map_sparse(lambda m, u, p: jnp.where(m, u, -p), waiting, updates, params), inner_state
 
 
 def _keep_when(due, inner, inner_state, keep):

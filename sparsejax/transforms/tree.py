@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparsejax.masks.paths import named_leaves
+from sparsejax.masks.paths import is_stored, named_leaves
 from sparsejax.masks.sequence import after
 
 
@@ -33,37 +33,34 @@ def map_sparse(function, masks, *trees, dense=lambda *leaves: leaves[0]):
     )
 
 
-def run_if(due, then, otherwise):
-    """`jax.lax.cond`, without compiling anything where `due` is already known.
-
-    Args:
-        due: a bool, or a bool scalar, traced or not.
-        then: function without arguments.
-        otherwise: function without arguments, of the same result types.
-
-    Returns:
-        The result of one of them.
-    """
-    if isinstance(due, jax.core.Tracer):
-        return jax.lax.cond(due, then, otherwise)
-    return then() if due else otherwise()
-
-
 def no_leaf(*_):
     """For `map_sparse(dense=...)`: the result has no leaf where the mask tree has none."""
     return optax.MaskedNode()
 
 
-def mask_leaves(masks) -> list:
-    """The masks of the sparse leaves, in the order of the tree."""
-    return [mask for _, mask in named_leaves(masks)]
+def has_stored(tree) -> bool:
+    """Whether any leaf is stored in compressed form."""
+    return any(map(is_stored, jax.tree.leaves(tree, is_leaf=is_stored)))
 
 
-def count_nnz(masks) -> jax.Array:
+def values_of(tree):
+    """The tree that optimizers see: of a stored leaf only its values."""
+    if not has_stored(tree):
+        return tree
+    return jax.tree.map(lambda leaf: leaf.values if is_stored(leaf) else leaf, tree, is_leaf=is_stored)
+
+
+def kept_elements(mask, leaf) -> jax.Array:
+    """How many elements of a leaf its mask keeps, that of a stored leaf being one of blocks: int32 scalar."""
+    return leaf.count(mask) if is_stored(leaf) else jnp.sum(mask, dtype=jnp.int32)
+
+
+def count_nnz(masks, params) -> jax.Array:
     """Kept elements of each sparse leaf: int32 array, in the order of the tree."""
     counts, done = [], jnp.zeros([], jnp.int32)
-    for mask in mask_leaves(masks):
-        done = jnp.sum(after(done, mask), dtype=jnp.int32)
+    leaves = dict(named_leaves(params, is_stored))
+    for path, mask in named_leaves(masks):
+        done = kept_elements(after(done, mask), leaves[path])
         counts.append(done)
     return jnp.stack(counts) if counts else jnp.zeros([0], jnp.int32)
 
@@ -71,9 +68,12 @@ def count_nnz(masks) -> jax.Array:
 def count_leaks(params, masks) -> jax.Array:
     """Elements off the mask that are not exactly zero (NaN included), over all sparse leaves: int32 scalar."""
     total = jnp.zeros([], jnp.int32)
-    values = dict(named_leaves(params))
+    leaves = dict(named_leaves(params, is_stored))
     for path, mask in named_leaves(masks):
-        total = total + jnp.sum(after(total, values[path] != 0) & ~mask, dtype=jnp.int32)
+        leaf, off = leaves[path], ~mask
+        if is_stored(leaf):
+            leaf, off = leaf.values, ~leaf.live(leaf.active)
+        total = total + jnp.sum(after(total, leaf != 0) & off, dtype=jnp.int32)
     return total
 
 
@@ -113,10 +113,15 @@ def keep_moments(optimizer, state, keep):
 
 def check_trees(grads, masks, params) -> None:
     """Raises `ValueError` naming the leaves in which gradients, masks and parameters do not match."""
-    shapes = {path: jnp.shape(leaf) for path, leaf in named_leaves(params)}
+    leaves = dict(named_leaves(params, is_stored))
+    shapes = {path: _shape(leaf) for path, leaf in leaves.items()}
+    of_masks = shapes | {path: leaf.probe.shape for path, leaf in leaves.items() if is_stored(leaf) and leaf.moves}
     kind = _kind(params)
-    for name, tree in (("gradients", grads), ("masks in the optimizer state", masks)):
-        found = {path: jnp.shape(leaf) for path, leaf in named_leaves(tree)}
+    for name, tree, wanted in (
+        ("gradients", grads, shapes),
+        ("masks in the optimizer state", masks, of_masks),
+    ):
+        found = {path: _shape(leaf) for path, leaf in named_leaves(tree, is_stored)}
         extra = [path for path in found if path not in shapes]
         if extra:
             raise ValueError(
@@ -124,15 +129,15 @@ def check_trees(grads, masks, params) -> None:
                 f"{list(shapes)[:5]}. Initialise the optimizer with the parameters that it updates"
             )
         for path, shape in found.items():
-            if shape != shapes[path]:
-                raise ValueError(f"{path}: the {name} have shape {shape}, the parameter has {shapes[path]}")
+            if shape != wanted[path]:
+                raise ValueError(f"{path}: the {name} have shape {shape}, the parameter has {wanted[path]}")
         if found.keys() == shapes.keys() and _kind(tree) != kind:
             raise ValueError(
                 f"the {name} and the parameters are trees of different kinds, {_kind(tree)} and {kind}: the "
                 "optimizer, the gradients and the parameters must come from one and the same kind of tree"
             )
     masked = {path for path, _ in named_leaves(masks)}
-    given = {path for path, _ in named_leaves(grads)}
+    given = {path for path, _ in named_leaves(grads, is_stored)}
     missing = [path for path in shapes if path not in given]
     sparse = [path for path in missing if path in masked]
     if sparse:
@@ -144,5 +149,9 @@ def check_trees(grads, masks, params) -> None:
         )
 
 
+def _shape(leaf):
+    return leaf.values.shape if is_stored(leaf) else jnp.shape(leaf)
+
+
 def _kind(tree):
-    return jax.tree.structure(tree, is_leaf=lambda node: node is None or is_masked_node(node))
+    return jax.tree.structure(tree, is_leaf=lambda node: node is None or is_masked_node(node) or is_stored(node))

@@ -1,0 +1,97 @@
+"""Weights stored in blocks instead of masked: `--storage block`."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from experiments.algorithms import BEFORE_TRAINING, rules_of, structure_of
+from experiments.experiment import UsageError
+from sparsejax import Algorithm
+from sparsejax.masks.budget import count_units
+from sparsejax.masks.paths import map_with_names, named_leaves
+from sparsejax.masks.rules import resolve
+from sparsejax.nn import sparsify_model, split
+from sparsejax.parameters.slots import store_blocks
+
+
+def stores_blocks(config, name: str, meshed: bool) -> bool:
+    """Whether a variant stores blocks.
+
+    Raises:
+        UsageError: the configuration asks for what cannot be stored.
+    """
+    if config.storage == "masks" or name == "dense":
+        return False
+    if name in BEFORE_TRAINING:
+        raise UsageError(f"{name} finds masks on dense weights; take --storage masks, or leave {name} out")
+    if config.structure not in ("block", "unstructured"):
+        raise UsageError(f"--storage block stores blocks; it cannot go with --structure {config.structure}")
+    if meshed:
+        raise UsageError("--storage block runs on one device so far; leave out the mesh, or take --storage masks")
+    return True
+
+
+def stored_graph(make_model, config):
+    """The graph of the model with sparse layers in the place of those that the rules make sparse.
+
+    Args:
+        make_model: `make_model(rngs)`, the dense model.
+        config: a configuration.
+
+    Returns:
+        What `sparsejax.nn.merge` takes.
+    """
+    rules = stored_rules(config)
+
+    def make():
+        model = make_model(nnx.Rngs(0))
+        _, params, _ = split(model)
+        sparse = {leaf.path for leaf in resolve(params, rules, structure_of(config)) if leaf.structure is not None}
+        everything = map_with_names(lambda path, p: jnp.ones_like(p, bool) if path in sparse else None, params)
+        return sparsify_model(model, rules, everything, capacity=1.0)
+
+    return split(nnx.eval_shape(make))[0]
+
+
+def stored_rules(config) -> list:
+    """Rules by which all sparse leaves have the configuration's blocks."""
+    return [("*", structure_of(config)), *rules_of(config).items()]
+
+
+def store(params, masks, algorithm: Algorithm, config):
+    """Stores the blocks of the starting masks; works traced, since counts alone decide how many slots there are.
+
+    Args:
+        params: the dense parameters.
+        masks: the starting masks.
+        algorithm: says how many blocks each layer keeps at first.
+        config: a configuration.
+
+    Returns:
+        The parameters, stored where there are masks.
+    """
+    plan = {leaf.path: leaf for leaf in resolve(params, stored_rules(config), structure_of(config))}
+    masks = dict(named_leaves(masks))
+    slots = _slots(tuple(plan[path] for path in masks), algorithm)
+
+    def stored(path, p):
+        if path not in masks:
+            return p
+        leaf = plan[path]
+        grid = leaf.structure.pool(leaf.roles.to_matrix(masks[path]).astype(jnp.float32)) > 0
+        return store_blocks(p, grid, leaf, slots=slots[path])
+
+    return map_with_names(stored, params)
+
+
+def _slots(plan, algorithm: Algorithm) -> dict[str, int]:
+    grids = {leaf.path: leaf.structure.grid(leaf.roles.matrix_shape(leaf.shape)) for leaf in plan}
+    full = {path: grid[-2] * grid[-1] for path, grid in grids.items()}
+    if algorithm.start is None:  # starts with everything
+        return full
+    with jax.ensure_compile_time_eval():
+        distribution = algorithm.start_distribution or algorithm.distribution
+        counts = count_units(plan, distribution, algorithm.sparsity_at(0), algorithm.final_sparsity)
+        if counts.pool:
+            return full
+        return {path: int(jnp.max(jnp.asarray(count))) for path, count in counts.layers.items()}

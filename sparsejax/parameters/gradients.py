@@ -1,0 +1,60 @@
+"""Gradients and updates of trees in which some leaves are bookkeeping: indices are neither trained nor in the way."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def value_and_grad(function, argnums: int | tuple[int, ...] = 0, *, has_aux: bool = False):
+    """`jax.value_and_grad` for parameters that hold stored weights.
+
+    Args:
+        function: returns a real scalar, or with `has_aux` a pair of it and anything else.
+        argnums: which arguments are differentiated.
+        has_aux: as in `jax.value_and_grad`.
+
+    Returns:
+        A function like `function` that returns its value and the gradients: trees like the arguments, with zeros for
+        the integers in them.
+
+    Example:
+        >>> params = {"weight": jnp.array([1.0, 2.0]), "index": jnp.array([1, 0])}
+        >>> value, grads = value_and_grad(lambda p: jnp.sum(p["weight"][p["index"]] ** 2))(params)
+        >>> float(value), grads["weight"].tolist(), grads["index"].tolist()
+        (5.0, [2.0, 4.0], [0, 0])
+    """
+    differentiate = jax.value_and_grad(function, argnums, has_aux=has_aux, allow_int=True)
+
+    @functools.wraps(function)
+    def value_and_gradients(*args, **kwargs):
+        value, grads = differentiate(*args, **kwargs)
+        like = args[argnums] if isinstance(argnums, int) else tuple(args[index] for index in argnums)
+        return value, jax.tree.map(_zero_for_integers, grads, like)
+
+    return value_and_gradients
+
+
+def _zero_for_integers(gradient, leaf):
+    return jnp.zeros_like(leaf) if gradient.dtype == jax.dtypes.float0 else gradient
+
+
+def apply_updates(params, updates):
+    """Adds updates to parameters; those of stored weights also move their blocks.
+
+    The updates of indices are differences, so that this is `optax.apply_updates`, and loops that call that need no
+    change.
+
+    Args:
+        params: the parameters.
+        updates: what `update` of the optimizer returned.
+
+    Returns:
+        The new parameters.
+
+    Example:
+        >>> apply_updates({"weight": jnp.array([1.0])}, {"weight": jnp.array([0.5])})["weight"].tolist()
+        [1.5]
+    """
+    return optax.apply_updates(params, updates)

@@ -1,0 +1,165 @@
+"""Stored weights: exact conversion, products, what they look like, and checkpoints on other meshes."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
+
+from sparsejax.checkpoint import Checkpointer
+from sparsejax.masks.block import Block
+from sparsejax.masks.nm import NM
+from sparsejax.masks.roles import Roles, convolution_roles
+from sparsejax.parameters import BlockSparse, NMSparse, to_dense, to_sparse, value_and_grad
+
+
+def weight(shape, structure, sparsity=0.5, seed=0, **options):
+    array = jax.random.normal(jax.random.key(seed), shape)
+    mask = structure.mask(jax.random.uniform(jax.random.key(seed + 1), shape), sparsity)
+    rules = {"kernel": structure}
+    if len(shape) > 2:
+        rules = [("kernel", convolution_roles), ("kernel", structure)]
+    return array * mask, to_sparse({"kernel": array}, {"kernel": mask}, rules, **options)["kernel"]
+
+
+@settings(deadline=None, max_examples=10)
+@given(
+    rows=st.integers(4, 20),
+    columns=st.sampled_from([4, 6, 12, 15]),
+    block=st.sampled_from([(4, 4), (2, 3), (3, 2), (1, 1)]),
+    sparsity=st.sampled_from([0.0, 0.4, 0.9]),
+)
+def test_the_way_there_and_back_is_exact(rows, columns, block, sparsity):
+    dense, stored = weight((rows, columns), Block(block), sparsity)
+    assert isinstance(stored, BlockSparse)
+    assert (stored.shape, stored.dtype, stored.ndim, stored.size) == (dense.shape, dense.dtype, 2, dense.size)
+    np.testing.assert_array_equal(stored.to_dense(), dense)
+    x = jax.random.normal(jax.random.key(9), (3, rows))
+    np.testing.assert_allclose(x @ stored, x @ dense, atol=1e-5)
+    assert int(stored.count(stored.mask())) == int(Block(block).mask(jnp.ones(dense.shape), sparsity).sum()) or (
+        rows % block[0] or columns % block[1]  # where blocks are cut, their sizes decide
+    )
+
+
+def test_whole_trees_are_converted_by_rules_or_by_what_is_zero():
+    params = {
+        "conv": {"kernel": jax.random.normal(jax.random.key(0), (3, 3, 4, 8))},
+        "query": {"kernel": jax.random.normal(jax.random.key(1), (8, 2, 4))},
+        "out": {"kernel": jax.random.normal(jax.random.key(2), (8, 8)), "bias": jnp.ones(8)},
+        "stack": jax.random.normal(jax.random.key(3), (3, 8, 8)),
+    }
+    stack = Roles(in_axes=(1,), out_axes=(2,), batch_axes=(0,))
+    rules = [("*kernel", Block((4, 4))), ("out/kernel", NM(2, 4)), ("stack", stack), ("stack", Block((4, 4)))]
+    params["conv"]["kernel"] = params["conv"]["kernel"].at[:, :, :, :4].set(0)
+    params["out"]["kernel"] *= NM(2, 4).mask(params["out"]["kernel"])
+    params["stack"] = params["stack"].at[1, :4, 4:].set(0)
+    stored = to_sparse(params, None, rules)
+    kinds = jax.tree.map(type, stored, is_leaf=lambda leaf: isinstance(leaf, BlockSparse | NMSparse))
+    assert kinds["conv"]["kernel"] is kinds["query"]["kernel"] is kinds["stack"] is BlockSparse
+    assert kinds["out"]["kernel"] is NMSparse
+    assert stored["conv"]["kernel"].shape == (3, 3, 4, 8)
+    assert stored["stack"].batch == (3,)
+    chex.assert_trees_all_equal(to_dense(stored), params)
+
+
+@pytest.mark.parametrize("share", [1, 4])
+def test_nm_weights_come_back_exactly(share):
+    dense, stored = weight((16, 8), NM(2, 8, share=share), 0.75)
+    assert stored.values.shape == (4, 8)
+    assert stored.positions.shape == (4, 8 // share)
+    assert (stored.positions.dtype, repr(stored)[:9]) == (np.uint8, "NMSparse(")
+    np.testing.assert_array_equal(stored.to_dense(), dense)
+    x = jax.random.normal(jax.random.key(9), (3, 16))
+    np.testing.assert_allclose(x @ stored, x @ dense, atol=1e-5)
+    _, grads = value_and_grad(lambda w: jnp.sum(jnp.sin(x @ w)))(stored)
+    expected = jax.grad(lambda w: jnp.sum(jnp.sin(x @ w)))(dense) * (dense != 0)
+    np.testing.assert_allclose(dataclasses.replace(stored, values=grads.values).to_dense(), expected, atol=1e-5)
+
+
+def test_edges_are_zero_and_get_no_gradient():
+    dense, stored = weight((10, 7), Block((4, 4)), 0.0)
+    inside = np.broadcast_to(stored.live(stored.active), stored.values.shape)
+    assert inside.sum() == 70
+    assert not np.asarray(stored.values)[~inside].any()
+    x = jax.random.normal(jax.random.key(3), (5, 10))
+    _, grads = value_and_grad(lambda w: jnp.sum(jnp.sin(x @ w)))(stored)
+    assert not np.asarray(grads.values)[~inside].any()
+    expected = jax.grad(lambda w: jnp.sum(jnp.sin(x @ w)))(dense)
+    np.testing.assert_allclose(dataclasses.replace(stored, values=grads.values).to_dense(), expected, atol=1e-5)
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(grads.lists))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max", "l2"])
+def test_the_probe_measures_every_block_when_it_is_asked_to(pooling):
+    structure = Block((4, 4), pooling)
+    dense, stored = weight((10, 12), structure)
+    x = jax.random.normal(jax.random.key(3), (5, 10))
+    loss = lambda w: jnp.sum(jnp.sin(x @ w))  # noqa: E731
+    expected = structure.pool(jnp.abs(jax.grad(loss)(dense)))
+    for when in (0, 1):
+        asked = dataclasses.replace(stored, probe_when=jnp.int32(when))
+        _, grads = jax.jit(value_and_grad(loss))(asked)
+        np.testing.assert_allclose(grads.probe, expected * when, atol=1e-5)
+
+
+def test_it_looks_like_an_array_in_print():
+    _, stored = weight((16, 32), Block((4, 4), "l2", groups=2), 0.75, capacity=0.5)
+    assert repr(stored) == "BlockSparse(float32[16,32], 8 of 32 blocks of 4x4, l2, 2 groups)"
+    assert stored.capacity == 16
+    assert "room for 16" in repr(jax.eval_shape(lambda: stored))
+    assert repr(jax.tree.map(lambda _: None, stored)).startswith("BlockSparse(")
+    treescope = pytest.importorskip("treescope")
+    assert "BlockSparse" in treescope.render_to_text(stored)
+
+
+def test_stacked_layers_scan():
+    rules = [("stack", Roles(in_axes=(1,), out_axes=(2,), batch_axes=(0,))), ("stack", Block((4, 4)))]
+    dense = jax.random.normal(jax.random.key(0), (3, 8, 8)).at[:, :4, 4:].set(0)
+    stored = to_sparse({"stack": dense}, None, rules)["stack"]
+    x = jax.random.normal(jax.random.key(1), (2, 8))
+    out, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, stored)
+    expected = x
+    for layer in dense:
+        expected = jnp.tanh(expected @ layer)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="stacks layers"):
+        x @ stored
+
+
+def test_checkpoints_come_back_on_another_mesh(tmp_path):
+    _, stored = weight((16, 32), Block((4, 4), groups=4), 0.75)
+    mesh = jax.make_mesh((4,), ("model",))
+    state = {"kernel": stored}
+    place = lambda leaf: NamedSharding(mesh, PartitionSpec("model") if leaf.ndim == 4 else PartitionSpec())  # noqa: E731
+    with Checkpointer(tmp_path / "here") as checkpoints:
+        checkpoints.save(1, state)
+        checkpoints.wait()
+        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(leaf)), state)
+        restored = checkpoints.restore(like)
+    chex.assert_trees_all_equal(restored, state)
+    assert restored["kernel"].sharding.spec[0] == "model"
+    assert restored["kernel"].structure == stored.structure
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: to_sparse({"kernel": jnp.ones((8, 8))}, None, Block((16, 16))), "kernel: a block of"),
+        (lambda: to_sparse({"kernel": jnp.ones((8, 8))}, {"bias": jnp.ones(8, bool)}, Block((4, 4))), "bias"),
+        (lambda: to_sparse({"kernel": jnp.ones((8, 8))}, {"kernel": jnp.ones((8, 8))}, Block((4, 4))), "bool"),
+        (lambda: to_sparse({"kernel": jnp.ones((8, 8))}, None, Block((4, 4)), capacity=0.25), "larger capacity"),
+        (lambda: to_sparse({"kernel": jnp.ones((8, 8))}, None, NM(2, 4)), "keeps 4 of 4"),
+        (lambda: to_sparse({"kernel": jnp.ones((8, 8))}, None, {}), "no leaf would be stored"),
+        (lambda: Block((4, 4), groups=3).mask(jnp.ones((8, 8)), 0.5), "equal groups"),
+        (lambda: to_sparse({"kernel": jnp.ones((8, 8))}, optax.MaskedNode(), Block((4, 4))), "no leaf would be stored"),
+    ],
+)
+def test_what_does_not_fit_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
