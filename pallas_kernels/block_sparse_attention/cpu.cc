@@ -1,7 +1,7 @@
 // Block-sparse attention for CPUs: forward, backward and decode handlers for XLA's FFI, float32.
 //
-// Matrix products run on packed panels that are kPanel columns wide, with GCC vector extensions; a strip of kStrip query rows
-// keeps its scores in the first-level cache. Work is dealt out to XLA's own thread pool. What a task computes and in which
+// Matrix products run on panels that are kPanel columns wide, with GCC vector extensions, in pieces of at most kTile queries and
+// kTile keys, whose scores stay in the second-level cache. Work is dealt out to XLA's own thread pool. What a task computes and in which
 // order sums are formed depends on shapes and lists only, never on threads, so results are the same bits in every run.
 
 #include <algorithm>
@@ -14,6 +14,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <thread>
 
 #include "xla/ffi/api/ffi.h"
 
@@ -31,8 +32,8 @@ constexpr int kLanes = 4, kRows = 8;
 constexpr int kLanes = 4, kRows = 4;
 #endif
 constexpr int64_t kPanel = 2 * kLanes;  // columns of a panel
-constexpr int64_t kStrip = 32;          // query rows whose scores stay in the first-level cache
-constexpr int64_t kDeep = 128;          // query rows over which a product for dk and dv sums at a time
+constexpr int64_t kTile = 128;          // most queries, and most keys, of a piece of a tile
+constexpr int64_t kStrip = 32;          // keys whose scores stay in the first-level cache
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 constexpr float kLog2e = 1.44269504088896f;
 
@@ -51,7 +52,7 @@ inline Words Lane() {
   for (int i = 0; i < kLanes; i++) r[i] = i;
   return r;
 }
-// Sum and largest of all lanes, by halves.
+// Sum and largest of all lanes, by halves; half of the lanes of a and b in turn.
 #if defined(__clang__)
 inline float Sum(Vec x) {
   float s = 0;
@@ -62,6 +63,11 @@ inline float Max(Vec x) {
   float s = x[0];
   for (int i = 1; i < kLanes; i++) s = x[i] > s ? x[i] : s;
   return s;
+}
+inline Vec Interleave(Vec a, Vec b, int from) {
+  Vec r;
+  for (int i = 0; i < kLanes; i++) r[i] = i % 2 ? b[from + i / 2] : a[from + i / 2];
+  return r;
 }
 #else
 inline float Sum(Vec x) {
@@ -75,7 +81,24 @@ inline float Max(Vec x) {
   }
   return x[0];
 }
+inline Vec Interleave(Vec a, Vec b, int from) {
+  return __builtin_shuffle(a, b, (Ints)((Lane() & 1) * kLanes + (Lane() >> 1) + from));
+}
 #endif
+// The transpose of kLanes vectors: interleaving the two halves of the rows does one bit of the index at a time.
+inline void Transpose(Vec* x) {
+#pragma GCC unroll 4
+  for (int bit = 1; bit < kLanes; bit *= 2) {
+    Vec y[kLanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / 2; i++) {
+      y[2 * i] = Interleave(x[i], x[i + kLanes / 2], 0);
+      y[2 * i + 1] = Interleave(x[i], x[i + kLanes / 2], kLanes / 2);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; i++) x[i] = y[i];
+  }
+}
 inline float Dot(const float* a, const float* b, int64_t n) {
   Vec sum = Vec{};
   int64_t i = 0;
@@ -86,21 +109,20 @@ inline float Dot(const float* a, const float* b, int64_t n) {
 }
 inline int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// exp(x) for x <= 88, within 2 units in the last place; exactly 0 below -87.3.
-inline Vec Exp(Vec x) {
-  Vec t = x * kLog2e;
-  Vec z = t + 12582912.f;
-  Vec f = t - (z - 12582912.f);
-  Vec p = All(1.534581086e-04f);
-  p = p * f + 1.339993121e-03f;
-  p = p * f + 9.618488961e-03f;
-  p = p * f + 5.550328777e-02f;
-  p = p * f + 2.402264689e-01f;
-  p = p * f + 6.931472057e-01f;
+// 2^x for x <= 127, within 2 units in the last place; exactly 0 below -126.
+inline Vec Exp2(Vec x) {
+  const Vec z = x + 12582912.f;  // rounds to a whole number, which the lowest bits then hold
+  const Vec f = x - (z - 12582912.f);
+  Vec p = All(1.326472578e-03f);
+  p = p * f + 9.671512740e-03f;
+  p = p * f + 5.550733748e-02f;
+  p = p * f + 2.402224208e-01f;
+  p = p * f + 6.931469776e-01f;
   p = p * f + 1.f;
-  Ints bits = (Ints)p + ((Ints)z << 23);
-  return t < -126.f ? Vec{} : (Vec)bits;
+  const Ints bits = (Ints)p + ((Ints)z << 23);
+  return x < -126.f ? Vec{} : (Vec)bits;
 }
+inline Vec Exp(Vec x) { return Exp2(x * kLog2e); }
 
 // tanh: a polynomial near 0 (Cephes tanhf), else 1 - 2 / (exp(2 |x|) + 1).
 inline Vec Tanh(Vec x) {
@@ -142,7 +164,11 @@ class Buffer {
   float* data_;
 };
 
-// Scratch of a thread, kept between tasks.
+// Floats that a thread keeps between calls at most, for either use.
+constexpr int64_t kKept = int64_t{1} << 24;
+
+// Scratch of a thread, kept between calls; one for each kUse.
+template <int kUse>
 float* Scratch(int64_t floats) {
   static thread_local std::unique_ptr<Buffer> buffer;
   static thread_local int64_t size = 0;
@@ -188,8 +214,8 @@ struct Panels {
 inline Panels Packed(const float* data, int64_t depth) { return {data, kPanel, depth * kPanel}; }
 inline Panels RowMajor(const float* data, int64_t ld) { return {data, ld, kPanel}; }
 
-// R rows of one panel of C (+)= A B. A(r, p) is a[r * lda + p], or a[p * lda + r] if transposed. The loops over r are unrolled so
-// that the sums stay in registers.
+// R rows of one panel of C (+)= A B. A(r, p) is a[r * lda + p], or a[p * lda + r] if transposed. The loops over r are unrolled
+// so that the sums stay in registers.
 template <int R, bool kTransposed>
 inline void Micro(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
   Vec x[R][2];
@@ -226,7 +252,9 @@ void Multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, int6
   const int64_t down = kTransposed ? 1 : lda;
   for (int64_t j = 0; j < columns; j += kPanel, b.data += b.step) {
     int64_t i = 0;
-    for (; i + kRows <= rows; i += kRows) Micro<kRows, kTransposed>(depth, a + i * down, lda, b.data, b.ld, c + i * ldc + j, ldc, add);
+    for (; i + kRows <= rows; i += kRows) {
+      Micro<kRows, kTransposed>(depth, a + i * down, lda, b.data, b.ld, c + i * ldc + j, ldc, add);
+    }
     for (; i + 4 <= rows; i += 4) Micro<4, kTransposed>(depth, a + i * down, lda, b.data, b.ld, c + i * ldc + j, ldc, add);
     for (; i < rows; i++) Micro<1, kTransposed>(depth, a + i * down, lda, b.data, b.ld, c + i * ldc + j, ldc, add);
   }
@@ -269,9 +297,12 @@ struct Call {
   // Anything that changes scores beyond the scale.
   bool Plain() const { return soft_cap == 0 && !(flags & (kAlibi | kBlockBias)); }
 
-  // Soft cap, biases and masks on the scores of a strip, rows of bk_p floats. `slope`, where not null, receives the
-  // derivative of the soft cap. What no query may see becomes -inf.
-  void Finish(const Place& at, float* s, float* slope) const {
+  // What queries are multiplied by before `Scores`: options beyond the scale need scores in natural units.
+  float Units() const { return Plain() ? scale * kLog2e : scale; }
+
+  // Soft cap, biases and masks on scores with queries down and keys across, rows of bk_p floats. What no query may see becomes
+  // -inf.
+  void Finish(const Place& at, float* s) const {
     if (!Plain()) {
       const float tile_bias = (flags & kBlockBias) ? block_bias[ListRow(at.batch, at.head, at.i) * width + at.slot] : 0.f;
       const int32_t* keys = kv_pos + (kv_pos_b == 1 ? 0 : at.batch) * kv_len + at.j * bk;
@@ -282,7 +313,6 @@ struct Call {
           for (int64_t c = 0; c < bk_p; c += kLanes) {
             Vec t = Tanh(Load(row + c) * inverse);
             Store(row + c, t * soft_cap);
-            if (slope) Store(slope + r * bk_p + c, 1.f - t * t);
           }
         }
         if (flags & kAlibi) {
@@ -302,7 +332,8 @@ struct Call {
       }
     }
     if (at.partial) {
-      const int64_t tile = ((((bits_b == 1 ? 0 : at.batch) * bits_h + at.head * bits_h / heads) * nq + at.i) * bits_p + at.slot);
+      const int64_t owner = (bits_b == 1 ? 0 : at.batch) * bits_h + at.head * bits_h / heads;
+      const int64_t tile = (owner * nq + at.i) * bits_p + at.slot;
       const Words one = AllWords(1) << Lane();
       for (int64_t r = 0; r < at.rows; r++) {
         const uint8_t* row_bits = bits + (tile * bq + at.row0 + r) * bits_bytes;
@@ -388,7 +419,409 @@ Call MakeCall(int64_t bq, int64_t bk, float scale, float soft_cap, float keep_sc
   return c;
 }
 
+// ---- tiles ---------------------------------------------------------------------------------------------------------------
+
+// Forward and backward hold the scores of a tile with keys down and queries across the lanes: keys and values are then read
+// where they lie, only queries are rearranged, once for a whole row of tiles, and the softmax needs no sums across lanes.
+
+// Up to kTile queries of one head.
+struct Queries {
+  int64_t batch, head, i, row0, rows, rows_p, ld;  // row0: within the query block; ld: floats of a row of scores
+  int64_t list;
+
+  int64_t First(const Call& c) const { return i * c.bq + row0; }
+};
+
+Queries MakeQueries(const Call& c, int64_t batch, int64_t head, int64_t i, int64_t row0) {
+  const int64_t rows = std::min({kTile, c.bq - row0, c.q_len - i * c.bq - row0}), rows_p = RoundUp(rows, kPanel);
+  // The odd number of cache lines spreads a column of scores over the whole cache.
+  return {batch, head, i, row0, rows, rows_p, rows_p + kLanes, c.ListRow(batch, head, i)};
+}
+constexpr int64_t kTileLd = kTile + kLanes;
+
+// Keys [x0, x0 + keys) of the key block in a slot.
+struct Keys {
+  int64_t slot, j, x0, keys;
+  bool partial;
+
+  int64_t First(const Call& c) const { return j * c.bk + x0; }
+};
+
+// The panels of the transpose of `rows` rows, times `scale`; missing rows become 0.
+void PackQueries(const float* from, int64_t stride, int64_t rows, int64_t rows_p, int64_t depth, float scale, float* to) {
+  for (int64_t j = 0; j < rows_p; j += kPanel, to += depth * kPanel) {
+    for (int64_t half = 0; half < kPanel; half += kLanes) {
+      const int64_t count = std::clamp<int64_t>(rows - j - half, 0, kLanes);
+      const float* line = from + (j + half) * stride;
+      int64_t p = 0;
+      for (; p + kLanes <= depth; p += kLanes) {
+        Vec x[kLanes];
+        for (int64_t c = 0; c < kLanes; c++) x[c] = c < count ? Load(line + c * stride + p) * scale : Vec{};
+        Transpose(x);
+        for (int64_t c = 0; c < kLanes; c++) Store(to + (p + c) * kPanel + half, x[c]);
+      }
+      for (; p < depth; p++) {
+        for (int64_t c = 0; c < kLanes; c++) to[p * kPanel + half + c] = c < count ? line[c * stride + p] * scale : 0.f;
+      }
+    }
+  }
+}
+
+// Rows of `depth_p` floats, times `scale`; what is past `depth` becomes 0.
+void CopyRows(const float* from, int64_t stride, int64_t rows, int64_t depth, int64_t depth_p, float scale, float* to) {
+  for (int64_t r = 0; r < rows; r++) {
+    for (int64_t d = 0; d < depth_p; d++) to[r * depth_p + d] = d < depth ? from[r * stride + d] * scale : 0.f;
+  }
+}
+
+// Asks for rows that are needed soon: lists jump about, which the hardware cannot foresee.
+inline void Fetch(const float* from, int64_t stride, int64_t rows, int64_t depth) {
+  for (int64_t r = 0; r < rows; r++) {
+    for (int64_t d = 0; d < depth; d += 16) __builtin_prefetch(from + r * stride + d, 0, 2);
+  }
+}
+
+// The keys of the slot after `slot`.
+void FetchNext(const Call& c, const Queries& at, int64_t slot) {
+  if (slot + 1 >= c.n_tot[at.list]) return;
+  const int64_t next = c.idx[at.list * c.width + slot + 1] * c.bk;
+  Fetch(c.K(at.batch, next, at.head / c.group), c.kv_heads * c.dim, std::min({kTile, c.bk, c.kv_len - next}), c.dim);
+}
+
+// Rows as the right operand of a product: where they lie if they are whole panels, else copied to `room`.
+Panels AsPanels(const float* from, int64_t stride, int64_t rows, int64_t depth, int64_t depth_p, float* room) {
+  if (depth == depth_p) return RowMajor(from, stride);
+  CopyRows(from, stride, rows, depth, depth_p, 1.f, room);
+  return RowMajor(room, depth_p);
+}
+
+// What the options need to know of each query.
+struct Lanes {
+  int32_t here[kTile];    // positions
+  uint32_t lines[kTile];  // hashes for dropout
+
+  Lanes(const Call& c, const Queries& at) {
+    const uint32_t head = c.threshold ? Mix(c.seed[0] + static_cast<uint32_t>(at.batch * c.heads + at.head) * 0x9E3779B9u) : 0;
+    const int32_t* q_pos = c.q_pos + (c.pos_b == 1 ? 0 : at.batch) * c.q_len + at.First(c);
+    for (int64_t r = 0; r < at.rows_p; r++) {
+      here[r] = (c.flags & kAlibi) && r < at.rows ? q_pos[r] : 0;
+      lines[r] = c.threshold ? Mix(head ^ (c.seed[1] + static_cast<uint32_t>(at.First(c) + r) * 0x85EBCA6Bu)) : 0;
+    }
+  }
+  Vec Distance(int64_t r, int32_t key) const {
+    const Ints d = *reinterpret_cast<const Ints*>(here + r) - key;
+    return __builtin_convertvector(d < 0 ? -d : d, Vec);
+  }
+  // Dropout of one vector of weights or of their gradients: scales what is kept.
+  Vec Drop(const Call& c, int64_t r, int64_t key, Vec x) const {
+    const Words line = *reinterpret_cast<const Words*>(lines + r);
+    const Words hash = Mix(line + static_cast<uint32_t>(key) * 0xC2B2AE35u) >> 8;
+    return hash >= c.threshold ? x * c.keep_scale : Vec{};
+  }
+};
+
+// Scores, in units of log 2, of keys [first, first + count) of `k`: products with the packed queries, then soft cap, biases and
+// masks. `cap`, where not null, receives the derivative of the soft cap. What no query may see becomes -inf.
+void Scores(const Call& c, const Queries& at, const Lanes& lanes, const Keys& k, int64_t first, int64_t count, const float* qt,
+            float* s, float* cap) {
+  const int64_t key0 = k.First(c) + first;
+  const float* keys = c.K(at.batch, key0, at.head / c.group);
+  Multiply<false>(count, at.rows_p, c.dim, keys, c.kv_heads * c.dim, Packed(qt, c.dim), s, at.ld, false);
+  if (!c.Plain()) {
+    const float tile_bias = (c.flags & kBlockBias) ? c.block_bias[at.list * c.width + k.slot] : 0.f;
+    const float steep = (c.flags & kAlibi) ? c.alibi[at.head] : 0.f, inverse = 1.f / c.soft_cap;
+    const int32_t* positions = c.kv_pos + (c.kv_pos_b == 1 ? 0 : at.batch) * c.kv_len + key0;
+    for (int64_t x = 0; x < count; x++) {
+      for (int64_t r = 0; r < at.rows_p; r += kLanes) {
+        Vec score = Load(s + x * at.ld + r);
+        if (c.soft_cap != 0) {
+          const Vec t = Tanh(score * inverse);
+          score = t * c.soft_cap;
+          if (cap) Store(cap + x * at.ld + r, 1.f - t * t);
+        }
+        if (c.flags & kAlibi) score -= lanes.Distance(r, positions[x]) * steep;
+        Store(s + x * at.ld + r, (score + tile_bias) * kLog2e);
+      }
+    }
+  }
+  if (k.partial) {
+    const int64_t owner = (c.bits_b == 1 ? 0 : at.batch) * c.bits_h + at.head * c.bits_h / c.heads;
+    const int64_t tile = (owner * c.nq + at.i) * c.bits_p + k.slot;
+    const uint8_t* tile_bits = c.bits + (tile * c.bq + at.row0) * c.bits_bytes;
+    for (int64_t r = 0; r < at.rows_p; r += kLanes) {
+      for (int64_t x = 0; x < count; x += 32) {  // first and x0 are multiples of 32
+        const int64_t byte = (k.x0 + first + x) / 8, bytes = std::min<int64_t>(4, c.bits_bytes - byte);
+        Words words = AllWords(0);
+        for (int64_t lane = 0; lane < std::min<int64_t>(kLanes, at.rows - r); lane++) {
+          uint32_t word = 0;
+          const uint8_t* from = tile_bits + (r + lane) * c.bits_bytes + byte;
+          for (int64_t n = 0; n < bytes; n++) word |= static_cast<uint32_t>(from[n]) << (8 * n);
+          words[lane] = word;
+        }
+        for (int64_t n = 0; n < std::min<int64_t>(32, count - x); n++) {
+          float* to = s + (x + n) * at.ld + r;
+          Store(to, (words & (1u << n)) != 0 ? Load(to) : All(kNothing));
+        }
+      }
+    }
+  }
+}
+
 // ---- forward -------------------------------------------------------------------------------------------------------------
+
+// Scores become weights 2^(s - top); `top` and `total` are brought up to date. Whether earlier sums have to be multiplied by
+// `shrink`.
+bool Weights(const Call& c, const Queries& at, const Lanes& lanes, const Keys& k, float* s, float* top, float* total,
+             float* shrink) {
+  bool grown = false;
+  for (int64_t r = 0; r < at.rows_p; r += kPanel) {
+    const Vec before0 = Load(top + r), before1 = Load(top + r + kLanes);
+    Vec now0 = before0, now1 = before1;
+    for (int64_t x = 0; x < k.keys; x++) {
+      const Vec a = Load(s + x * at.ld + r), b = Load(s + x * at.ld + r + kLanes);
+      now0 = a > now0 ? a : now0;
+      now1 = b > now1 ? b : now1;
+    }
+    // A query that has seen nothing yet: 2^(-inf - 0) = 0.
+    const Vec from0 = now0 > kNothing ? now0 : Vec{}, from1 = now1 > kNothing ? now1 : Vec{};
+    Vec sum0 = Vec{}, sum1 = Vec{};
+    for (int64_t x = 0; x < k.keys; x++) {
+      float* row = s + x * at.ld + r;
+      const Vec a = Exp2(Load(row) - from0), b = Exp2(Load(row + kLanes) - from1);
+      sum0 += a;
+      sum1 += b;
+      Store(row, a);
+      Store(row + kLanes, b);
+    }
+    const Vec shrink0 = Exp2(before0 - from0), shrink1 = Exp2(before1 - from1);
+    Store(top + r, now0);
+    Store(top + r + kLanes, now1);
+    Store(total + r, Load(total + r) * shrink0 + sum0);
+    Store(total + r + kLanes, Load(total + r + kLanes) * shrink1 + sum1);
+    Store(shrink + r, shrink0);
+    Store(shrink + r + kLanes, shrink1);
+    for (int64_t x = 0; x < kPanel; x++) grown |= shrink[r + x] != 1.f;
+  }
+  if (c.threshold) {
+    for (int64_t x = 0; x < k.keys; x++) {
+      for (int64_t r = 0; r < at.rows_p; r += kLanes) {
+        float* w = s + x * at.ld + r;
+        Store(w, lanes.Drop(c, r, k.First(c) + x, Load(w)));
+      }
+    }
+  }
+  return grown;
+}
+
+ffi::Error Forward(ffi::ThreadPool pool, int64_t bq, int64_t bk, float scale, float soft_cap, float keep_scale,
+                   int64_t threshold, int64_t flags, F32 q, F32 k, F32 v, S32 idx, S32 n_part, S32 n_tot, U8 bits, F32 alibi,
+                   S32 q_pos, S32 kv_pos, F32 block_bias, U32 seed, S32 limits, OutF32 o, OutF32 lse) {
+  const Call c = MakeCall(bq, bk, scale, soft_cap, keep_scale, threshold, flags, q, k, v, idx, n_part, n_tot, bits, alibi,
+                          q_pos, kv_pos, block_bias, seed, limits);
+  const int64_t cuts = (c.bq + kTile - 1) / kTile;
+  ParallelFor(pool, c.batch * c.heads * c.nq * cuts, [&](int64_t t) {
+    const int64_t i = t / cuts % c.nq, h = t / cuts / c.nq % c.heads, b = t / cuts / c.nq / c.heads;
+    const Queries at = MakeQueries(c, b, h, i, t % cuts * kTile);
+    if (at.rows <= 0) return;
+    const Lanes lanes(c, at);
+    float* qt = Scratch<0>(kTile * (c.dim + 2 * c.v_dim_p + kTileLd + 3) + 64);
+    float *out = qt + kTile * c.dim, *room = out + kTile * c.v_dim_p, *s = room + kTile * c.v_dim_p;
+    float *top = s + kTile * kTileLd, *total = top + kTile, *shrink = total + kTile;
+    PackQueries(c.Q(b, at.First(c), h), c.heads * c.dim, at.rows, at.rows_p, c.dim, c.Units(), qt);
+    for (int64_t r = 0; r < at.rows_p; r++) top[r] = kNothing, total[r] = 0;
+    bool first = true;
+    for (int64_t slot = 0; slot < c.n_tot[at.list]; slot++) {
+      Keys k{slot, c.idx[at.list * c.width + slot], 0, 0, (c.flags & kBits) && slot < c.n_part[at.list]};
+      const int64_t columns = std::min(c.bk, c.limits[b] - k.j * c.bk);
+      for (; k.x0 < columns; k.x0 += kTile) {
+        k.keys = std::min(kTile, columns - k.x0);
+        Fetch(c.V(b, k.First(c), h / c.group), c.kv_heads * c.v_dim, k.keys, c.v_dim);
+        Scores(c, at, lanes, k, 0, k.keys, qt, s, nullptr);
+        FetchNext(c, at, slot);
+        if (Weights(c, at, lanes, k, s, top, total, shrink) && !first) {
+          for (int64_t r = 0; r < at.rows; r++) {
+            float* row = out + r * c.v_dim_p;
+            if (shrink[r] == 1.f) continue;
+            for (int64_t d = 0; d < c.v_dim_p; d += kLanes) Store(row + d, Load(row + d) * shrink[r]);
+          }
+        }
+        const Panels values =
+            AsPanels(c.V(b, k.First(c), h / c.group), c.kv_heads * c.v_dim, k.keys, c.v_dim, c.v_dim_p, room);
+        Multiply<true>(at.rows, c.v_dim_p, k.keys, s, at.ld, values, out, c.v_dim_p, !first);
+        first = false;
+      }
+    }
+    for (int64_t r = 0; r < at.rows; r++) {
+      float* to = o->typed_data() + ((b * c.q_len + at.First(c) + r) * c.heads + h) * c.v_dim;
+      const bool some = !first && total[r] > 0;
+      const float share = some ? 1.f / total[r] : 0.f;
+      for (int64_t d = 0; d < c.v_dim; d++) to[d] = some ? out[r * c.v_dim_p + d] * share : 0.f;
+      lse->typed_data()[(b * c.heads + h) * c.q_len + at.First(c) + r] =
+          some ? top[r] / kLog2e + std::log(total[r]) : kNothing;
+    }
+  });
+  return ffi::Error::Success();
+}
+
+// ---- backward ------------------------------------------------------------------------------------------------------------
+
+// to (+)= from, or 0 where there is nothing.
+inline void Add(const float* from, int64_t n, bool add, float* to) {
+  for (int64_t d = 0; d < n; d++) to[d] = (add ? to[d] : 0.f) + (from ? from[d] : 0.f);
+}
+
+// One pass over the tiles gives all gradients. A task owns the rows of some query blocks for all query heads of a key head and
+// sums dk and dv into memory of its own, which the tasks of a key head then add to the result in their order.
+ffi::Error Backward(ffi::ThreadPool pool, int64_t bq, int64_t bk, float scale, float soft_cap, float keep_scale,
+                    int64_t threshold, int64_t flags, int64_t parts, F32 q, F32 k, F32 v, S32 idx, S32 n_part, S32 n_tot,
+                    U8 bits, F32 alibi, S32 q_pos, S32 kv_pos, F32 block_bias, U32 seed, S32 limits, F32 o, F32 lse, F32 go,
+                    F32 dlse, OutF32 dq, OutF32 dk, OutF32 dv, OutF32 dblock, OutF32 dalibi) {
+  const Call c = MakeCall(bq, bk, scale, soft_cap, keep_scale, threshold, flags, q, k, v, idx, n_part, n_tot, bits, alibi,
+                          q_pos, kv_pos, block_bias, seed, limits);
+  const int64_t kv_total = c.batch * c.kv_heads;
+
+  // Query blocks are cut so that the parts of a key head have about equally many tiles.
+  std::unique_ptr<int64_t[]> cuts(new int64_t[kv_total * (parts + 1)]);
+  for (int64_t n = 0; n < kv_total; n++) {
+    const int64_t b = n / c.kv_heads, h0 = n % c.kv_heads * c.group;
+    auto weight = [&](int64_t i) {
+      int64_t tiles = 1;
+      for (int64_t g = 0; g < c.group; g++) tiles += c.n_tot[c.ListRow(b, h0 + g, i)];
+      return tiles;
+    };
+    int64_t all = 0, seen = 0, part = 0;
+    for (int64_t i = 0; i < c.nq; i++) all += weight(i);
+    for (int64_t i = 0; i < c.nq; i++) {
+      while (part <= parts && seen * parts >= all * part) cuts[n * (parts + 1) + part++] = i;
+      seen += weight(i);
+    }
+    while (part <= parts) cuts[n * (parts + 1) + part++] = c.nq;
+  }
+
+  const int64_t k_tile = c.bk * c.dim_p, v_tile = c.bk * c.v_dim_p, sum_size = c.nk * (k_tile + v_tile);
+  std::unique_ptr<std::atomic<int64_t>[]> turn(new std::atomic<int64_t>[kv_total]());  // parts of a key head that are done
+  std::unique_ptr<uint8_t[]> written(new uint8_t[kv_total * c.nk]());
+  ParallelFor(pool, kv_total * parts, [&](int64_t t) {
+    const int64_t n = t / parts, part = t % parts, b = n / c.kv_heads, kv_h = n % c.kv_heads;
+    const int64_t begin = cuts[n * (parts + 1) + part], end = cuts[n * (parts + 1) + part + 1];
+    std::unique_ptr<Buffer> large(sum_size > kKept ? new Buffer(sum_size) : nullptr);
+    float* dk_sum = large ? large->get() : Scratch<1>(sum_size);
+    float* dv_sum = dk_sum + c.nk * k_tile;
+    std::unique_ptr<uint8_t[]> mark(new uint8_t[c.nk]());
+    float* qt = Scratch<0>(kTile * (c.dim + c.v_dim + 3 * c.dim_p + c.v_dim_p + kTileLd + 2) + 3 * kStrip * kTileLd + 64);
+    float *gt = qt + kTile * c.dim, *qs = gt + kTile * c.v_dim, *gq = qs + kTile * c.dim_p, *room = gq + kTile * c.dim_p;
+    float *gs = room + kTile * c.dim_p, *ds = gs + kTile * c.v_dim_p, *s = ds + kTile * kTileLd;
+    float *dp = s + kStrip * kTileLd, *cap = dp + kStrip * kTileLd, *delta = cap + kStrip * kTileLd, *base = delta + kTile;
+    // Queries [row0, row0 + kTile) of one block and head against everything in their list.
+    auto visit = [&](int64_t h, int64_t i, int64_t row0) {
+      const Queries at = MakeQueries(c, b, h, i, row0);
+      if (at.rows <= 0) return;
+      const Lanes lanes(c, at);
+      const int64_t query = b * c.q_len + at.First(c), stat = (b * c.heads + h) * c.q_len + at.First(c);
+      const float* grads = go.typed_data() + (query * c.heads + h) * c.v_dim;
+      const float* from = c.Q(b, at.First(c), h);
+      PackQueries(from, c.heads * c.dim, at.rows, at.rows_p, c.dim, c.Units(), qt);
+      PackQueries(grads, c.heads * c.v_dim, at.rows, at.rows_p, c.v_dim, 1.f, gt);
+      CopyRows(from, c.heads * c.dim, at.rows, c.dim, c.dim_p, c.scale, qs);
+      CopyRows(grads, c.heads * c.v_dim, at.rows, c.v_dim, c.v_dim_p, 1.f, gs);
+      for (int64_t r = 0; r < at.rows_p; r++) {
+        // A query that sees nothing, or does not exist: 2^(s - inf) = 0 keeps all its gradients 0.
+        const bool real = r < at.rows && lse.typed_data()[stat + r] != kNothing;
+        base[r] = real ? lse.typed_data()[stat + r] * kLog2e : -kNothing;
+        delta[r] = 0;
+        if (!real) continue;
+        const float* out = o.typed_data() + ((query + r) * c.heads + h) * c.v_dim;
+        delta[r] = Dot(out, grads + r * c.heads * c.v_dim, c.v_dim) - dlse.typed_data()[stat + r];
+      }
+      bool first = true;
+      double alibi_sum = 0;
+      for (int64_t slot = 0; slot < c.n_tot[at.list]; slot++) {
+        Keys k{slot, c.idx[at.list * c.width + slot], 0, 0, (c.flags & kBits) && slot < c.n_part[at.list]};
+        const int64_t columns = std::min(c.bk, c.limits[b] - k.j * c.bk);
+        const int32_t* positions = c.kv_pos + (c.kv_pos_b == 1 ? 0 : b) * c.kv_len + k.j * c.bk;
+        float *to_k = dk_sum + k.j * k_tile, *to_v = dv_sum + k.j * v_tile;
+        if (columns > 0 && columns < c.bk && !mark[k.j]) {
+          std::memset(to_k + columns * c.dim_p, 0, (c.bk - columns) * c.dim_p * 4);
+          std::memset(to_v + columns * c.v_dim_p, 0, (c.bk - columns) * c.v_dim_p * 4);
+        }
+        double tile_sum = 0;
+        for (; k.x0 < columns; k.x0 += kTile) {
+          k.keys = std::min(kTile, columns - k.x0);
+          Fetch(c.V(b, k.First(c), kv_h), c.kv_heads * c.v_dim, k.keys, c.v_dim);
+          for (int64_t x0 = 0; x0 < k.keys; x0 += kStrip) {
+            const int64_t count = std::min(kStrip, k.keys - x0), key0 = k.First(c) + x0;
+            float* dz = ds + x0 * at.ld;
+            Scores(c, at, lanes, k, x0, count, qt, s, cap);
+            Multiply<false>(count, at.rows_p, c.v_dim, c.V(b, key0, kv_h), c.kv_heads * c.v_dim, Packed(gt, c.v_dim), dp, at.ld,
+                            false);
+            Vec sum = Vec{}, far_sum = Vec{};
+            for (int64_t x = 0; x < count; x++) {
+              for (int64_t r = 0; r < at.rows_p; r += kLanes) {
+                const int64_t e = x * at.ld + r;
+                Vec weight = Exp2(Load(s + e) - Load(base + r)), back = Load(dp + e);
+                if (c.threshold) back = lanes.Drop(c, r, key0 + x, back);
+                Vec z = weight * (back - Load(delta + r));
+                if (c.threshold) weight = lanes.Drop(c, r, key0 + x, weight);
+                if (!c.Plain()) {
+                  sum += z;
+                  if (c.flags & kAlibi) far_sum += z * lanes.Distance(r, positions[k.x0 + x0 + x]);
+                  if (c.soft_cap != 0) z *= Load(cap + e);
+                }
+                Store(s + e, weight);
+                Store(dz + e, z);
+              }
+            }
+            tile_sum += Sum(sum);
+            alibi_sum -= Sum(far_sum);
+            Multiply<false>(count, c.dim_p, at.rows, dz, at.ld, RowMajor(qs, c.dim_p), to_k + (k.x0 + x0) * c.dim_p, c.dim_p,
+                            mark[k.j]);
+            Multiply<false>(count, c.v_dim_p, at.rows, s, at.ld, RowMajor(gs, c.v_dim_p), to_v + (k.x0 + x0) * c.v_dim_p,
+                            c.v_dim_p, mark[k.j]);
+          }
+          FetchNext(c, at, slot);
+          const Panels keys = AsPanels(c.K(b, k.First(c), kv_h), c.kv_heads * c.dim, k.keys, c.dim, c.dim_p, room);
+          Multiply<true>(at.rows, c.dim_p, k.keys, ds, at.ld, keys, gq, c.dim_p, !first);
+          first = false;
+        }
+        mark[k.j] |= columns > 0;
+        if (c.flags & kBlockBias) {
+          float* to = dblock->typed_data() + ((b * c.heads + h) * c.nq + i) * c.width + slot;
+          *to = static_cast<float>(tile_sum + (row0 ? *to : 0.f));
+        }
+      }
+      if (c.flags & kAlibi) {
+        float* to = dalibi->typed_data() + (b * c.heads + h) * c.nq + i;
+        *to = static_cast<float>(alibi_sum + (row0 ? *to : 0.f));
+      }
+      for (int64_t r = 0; r < at.rows; r++) {
+        float* to = dq->typed_data() + ((query + r) * c.heads + h) * c.dim;
+        for (int64_t d = 0; d < c.dim; d++) to[d] = first ? 0.f : gq[r * c.dim_p + d] * c.scale;
+      }
+    };
+    for (int64_t i = begin; i < end; i++) {
+      for (int64_t h = kv_h * c.group; h < (kv_h + 1) * c.group; h++) {
+        for (int64_t row0 = 0; row0 < c.bq; row0 += kTile) visit(h, i, row0);
+      }
+    }
+
+    // Parts are begun in their order, so whoever is waited for is at work.
+    while (turn[n].load(std::memory_order_acquire) != part) std::this_thread::yield();
+    for (int64_t j = 0; j < c.nk; j++) {
+      uint8_t& seen = written[n * c.nk + j];
+      if (!mark[j] && (seen || part < parts - 1)) continue;
+      for (int64_t r = 0; r < std::min(c.bk, c.kv_len - j * c.bk); r++) {
+        const int64_t row = (b * c.kv_len + j * c.bk + r) * c.kv_heads + kv_h;
+        Add(mark[j] ? dk_sum + j * k_tile + r * c.dim_p : nullptr, c.dim, seen, dk->typed_data() + row * c.dim);
+        Add(mark[j] ? dv_sum + j * v_tile + r * c.v_dim_p : nullptr, c.v_dim, seen, dv->typed_data() + row * c.v_dim);
+      }
+      seen = 1;
+    }
+    turn[n].store(part + 1, std::memory_order_release);
+  });
+  return ffi::Error::Success();
+}
+
+// ---- decode --------------------------------------------------------------------------------------------------------------
 
 // Scores of a strip become weights exp(s - max); earlier sums are rescaled.
 void Soften(const Call& c, const Place& at, float* s, float* top, float* total, float* out, bool first) {
@@ -426,212 +859,6 @@ void Soften(const Call& c, const Place& at, float* s, float* top, float* total, 
   }
 }
 
-// k^T and v of every key block as panels.
-void PackForward(ffi::ThreadPool& pool, const Call& c, float* kt, float* vp) {
-  ParallelFor(pool, c.batch * c.kv_heads * c.nk, [&](int64_t t) {
-    const int64_t j = t % c.nk, h = t / c.nk % c.kv_heads, b = t / c.nk / c.kv_heads;
-    const int64_t rows = std::min(c.bk, c.kv_len - j * c.bk);
-    PackColumns(c.K(b, j * c.bk, h), c.kv_heads * c.dim, rows, c.dim, c.bk_p, kt + t * c.bk_p * c.dim);
-    PackRows(c.V(b, j * c.bk, h), c.kv_heads * c.v_dim, rows, c.bk, c.v_dim, vp + t * c.bk * c.v_dim_p);
-  });
-}
-
-ffi::Error Forward(ffi::ThreadPool pool, int64_t bq, int64_t bk, float scale, float soft_cap, float keep_scale,
-                   int64_t threshold, int64_t flags, F32 q, F32 k, F32 v, S32 idx, S32 n_part, S32 n_tot, U8 bits, F32 alibi,
-                   S32 q_pos, S32 kv_pos, F32 block_bias, U32 seed, S32 limits, OutF32 o, OutF32 lse, OutF32 kt, OutF32 vp) {
-  const Call c = MakeCall(bq, bk, scale, soft_cap, keep_scale, threshold, flags, q, k, v, idx, n_part, n_tot, bits, alibi,
-                          q_pos, kv_pos, block_bias, seed, limits);
-  PackForward(pool, c, kt->typed_data(), vp->typed_data());
-  ParallelFor(pool, c.batch * c.heads * c.nq, [&](int64_t t) {
-    const int64_t i = t % c.nq, h = t / c.nq % c.heads, b = t / c.nq / c.heads;
-    const int64_t rows = std::min(c.bq, c.q_len - i * c.bq), kv_h = h / c.group;
-    float* scratch = Scratch(c.bq * (c.dim + c.v_dim_p + 2) + kStrip * c.bk_p + 64);
-    float *out = scratch, *s = out + c.bq * c.v_dim_p, *qs = s + kStrip * c.bk_p, *top = qs + c.bq * c.dim;
-    float* total = top + c.bq;
-    for (int64_t r = 0; r < rows; r++) {
-      const float* from = c.Q(b, i * c.bq + r, h);
-      for (int64_t d = 0; d < c.dim; d++) qs[r * c.dim + d] = from[d] * c.scale;
-      top[r] = kNothing;
-      total[r] = 0;
-    }
-    const int64_t list = c.ListRow(b, h, i);
-    bool first = true;
-    for (int64_t slot = 0; slot < c.n_tot[list]; slot++) {
-      const int64_t j = c.idx[list * c.width + slot], block = (b * c.kv_heads + kv_h) * c.nk + j;
-      Place at{b, h, i, slot, j, 0, 0, std::min(c.bk, c.limits[b] - j * c.bk), (c.flags & kBits) && slot < c.n_part[list]};
-      if (at.columns <= 0) continue;
-      for (at.row0 = 0; at.row0 < rows; at.row0 += kStrip) {
-        at.rows = std::min(kStrip, rows - at.row0);
-        Multiply<false>(at.rows, c.bk_p, c.dim, qs + at.row0 * c.dim, c.dim,
-                        Packed(kt->typed_data() + block * c.bk_p * c.dim, c.dim), s, c.bk_p, false);
-        c.Finish(at, s, nullptr);
-        float* rows_out = out + at.row0 * c.v_dim_p;
-        Soften(c, at, s, top + at.row0, total + at.row0, rows_out, first);
-        Multiply<false>(at.rows, c.v_dim_p, at.columns, s, c.bk_p,
-                        Packed(vp->typed_data() + block * c.bk * c.v_dim_p, c.bk), rows_out, c.v_dim_p, !first);
-      }
-      first = false;
-    }
-    for (int64_t r = 0; r < rows; r++) {
-      float* to = o->typed_data() + ((b * c.q_len + i * c.bq + r) * c.heads + h) * c.v_dim;
-      const bool some = !first && total[r] > 0;
-      const float share = some ? 1.f / total[r] : 0.f;
-      for (int64_t d = 0; d < c.v_dim; d++) to[d] = some ? out[r * c.v_dim_p + d] * share : 0.f;
-      lse->typed_data()[(b * c.heads + h) * c.q_len + i * c.bq + r] = some ? top[r] + std::log(total[r]) : kNothing;
-    }
-  });
-  return ffi::Error::Success();
-}
-
-// ---- backward ------------------------------------------------------------------------------------------------------------
-
-// One pass over the tiles gives all gradients. A task owns the rows of some query blocks for all query heads of a key head and
-// sums dk and dv into memory of its own; the tasks of a key head are added up in their order afterwards.
-ffi::Error Backward(ffi::ThreadPool pool, int64_t bq, int64_t bk, float scale, float soft_cap, float keep_scale,
-                    int64_t threshold, int64_t flags, int64_t parts, F32 q, F32 k, F32 v, S32 idx, S32 n_part, S32 n_tot,
-                    U8 bits, F32 alibi, S32 q_pos, S32 kv_pos, F32 block_bias, U32 seed, S32 limits, F32 o, F32 lse, F32 go,
-                    F32 dlse, OutF32 dq, OutF32 dk, OutF32 dv, OutF32 dblock, OutF32 dalibi, OutF32 kt, OutF32 kp, OutF32 vt) {
-  const Call c = MakeCall(bq, bk, scale, soft_cap, keep_scale, threshold, flags, q, k, v, idx, n_part, n_tot, bits, alibi,
-                          q_pos, kv_pos, block_bias, seed, limits);
-  const int64_t kv_total = c.batch * c.kv_heads;
-  ParallelFor(pool, kv_total * c.nk, [&](int64_t t) {
-    const int64_t j = t % c.nk, h = t / c.nk % c.kv_heads, b = t / c.nk / c.kv_heads;
-    const int64_t rows = std::min(c.bk, c.kv_len - j * c.bk);
-    PackColumns(c.K(b, j * c.bk, h), c.kv_heads * c.dim, rows, c.dim, c.bk_p, kt->typed_data() + t * c.bk_p * c.dim);
-    PackRows(c.K(b, j * c.bk, h), c.kv_heads * c.dim, rows, c.bk, c.dim, kp->typed_data() + t * c.bk * c.dim_p);
-    PackColumns(c.V(b, j * c.bk, h), c.kv_heads * c.v_dim, rows, c.v_dim, c.bk_p, vt->typed_data() + t * c.bk_p * c.v_dim);
-  });
-
-  // Query blocks are cut so that the parts of a key head have about equally many tiles.
-  std::unique_ptr<int64_t[]> cuts(new int64_t[kv_total * (parts + 1)]);
-  for (int64_t n = 0; n < kv_total; n++) {
-    const int64_t b = n / c.kv_heads, h0 = n % c.kv_heads * c.group;
-    auto weight = [&](int64_t i) {
-      int64_t tiles = 1;
-      for (int64_t g = 0; g < c.group; g++) tiles += c.n_tot[c.ListRow(b, h0 + g, i)];
-      return tiles;
-    };
-    int64_t all = 0, seen = 0, part = 0;
-    for (int64_t i = 0; i < c.nq; i++) all += weight(i);
-    for (int64_t i = 0; i < c.nq; i++) {
-      while (part <= parts && seen * parts >= all * part) cuts[n * (parts + 1) + part++] = i;
-      seen += weight(i);
-    }
-    while (part <= parts) cuts[n * (parts + 1) + part++] = c.nq;
-  }
-
-  const int64_t k_tile = c.bk * c.dim_p, v_tile = c.bk * c.v_dim_p;
-  std::unique_ptr<std::unique_ptr<Buffer>[]> sums(new std::unique_ptr<Buffer>[kv_total * parts]);
-  std::unique_ptr<uint8_t[]> touched(new uint8_t[kv_total * parts * c.nk]());
-  ParallelFor(pool, kv_total * parts, [&](int64_t t) {
-    const int64_t n = t / parts, part = t % parts, b = n / c.kv_heads, kv_h = n % c.kv_heads;
-    const int64_t begin = cuts[n * (parts + 1) + part], end = cuts[n * (parts + 1) + part + 1];
-    if (begin == end) return;
-    sums[t].reset(new Buffer(c.nk * (k_tile + v_tile)));
-    float* dk_sum = sums[t]->get();
-    float* dv_sum = dk_sum + c.nk * k_tile;
-    uint8_t* mark = touched.get() + t * c.nk;
-    const int64_t deepest = std::min(kDeep, c.bq);
-    float* scratch = Scratch(c.bq * (2 * c.dim_p + c.v_dim_p + 2) + (2 * deepest + kStrip) * c.bk_p + 64);
-    float *gq = scratch, *qs = gq + c.bq * c.dim_p, *gs = qs + c.bq * c.dim_p, *s = gs + c.bq * c.v_dim_p;
-    float *ds = s + deepest * c.bk_p, *cap = ds + deepest * c.bk_p, *delta = cap + kStrip * c.bk_p, *base = delta + c.bq;
-    for (int64_t i = begin; i < end; i++) {
-      for (int64_t h = kv_h * c.group; h < (kv_h + 1) * c.group; h++) {
-        const int64_t rows = std::min(c.bq, c.q_len - i * c.bq), list = c.ListRow(b, h, i);
-        for (int64_t r = 0; r < rows; r++) {
-          const int64_t row = i * c.bq + r, at_o = ((b * c.q_len + row) * c.heads + h) * c.v_dim;
-          const int64_t at_l = (b * c.heads + h) * c.q_len + row;
-          const float *from = c.Q(b, row, h), *out = o.typed_data() + at_o, *grad = go.typed_data() + at_o;
-          for (int64_t d = 0; d < c.dim_p; d++) qs[r * c.dim_p + d] = d < c.dim ? from[d] * c.scale : 0.f;
-          for (int64_t d = 0; d < c.v_dim_p; d++) gs[r * c.v_dim_p + d] = d < c.v_dim ? grad[d] : 0.f;
-          delta[r] = Dot(out, grad, c.v_dim) - dlse.typed_data()[at_l];
-          // A query that sees nothing: exp(s - inf) = 0 keeps all its gradients 0.
-          base[r] = lse.typed_data()[at_l] == kNothing ? -kNothing : lse.typed_data()[at_l];
-        }
-        bool first = true;
-        float alibi_sum = 0;
-        for (int64_t slot = 0; slot < c.n_tot[list]; slot++) {
-          const int64_t j = c.idx[list * c.width + slot], block = n * c.nk + j;
-          Place at{b, h, i, slot, j, 0, 0, std::min(c.bk, c.limits[b] - j * c.bk), (c.flags & kBits) && slot < c.n_part[list]};
-          float tile_sum = 0;
-          for (int64_t deep0 = 0; deep0 < rows && at.columns > 0; deep0 += kDeep) {
-            const int64_t deep = std::min(kDeep, rows - deep0);
-            for (at.row0 = deep0; at.row0 < deep0 + deep; at.row0 += kStrip) {
-              at.rows = std::min(kStrip, deep0 + deep - at.row0);
-              const int64_t skip = (at.row0 - deep0) * c.bk_p;
-              float *weights = s + skip, *slopes = ds + skip;
-              Multiply<false>(at.rows, c.bk_p, c.dim, qs + at.row0 * c.dim_p, c.dim_p,
-                              Packed(kt->typed_data() + block * c.bk_p * c.dim, c.dim), weights, c.bk_p, false);
-              Multiply<false>(at.rows, c.bk_p, c.v_dim, gs + at.row0 * c.v_dim_p, c.v_dim_p,
-                              Packed(vt->typed_data() + block * c.bk_p * c.v_dim, c.v_dim), slopes, c.bk_p, false);
-              c.Finish(at, weights, cap);
-              const int32_t* keys = c.kv_pos + (c.kv_pos_b == 1 ? 0 : b) * c.kv_len + j * c.bk;
-              for (int64_t r = 0; r < at.rows; r++) {
-                float *p = weights + r * c.bk_p, *d = slopes + r * c.bk_p;
-                const float lower = base[at.row0 + r], off = delta[at.row0 + r];
-                if (c.threshold) c.Drop(at, r, d);
-                Vec sum = Vec{};
-                for (int64_t x = 0; x < c.bk_p; x += kLanes) {
-                  const Vec weight = Exp(Load(p + x) - lower), g = weight * (Load(d + x) - off);
-                  sum += g;
-                  Store(p + x, weight);
-                  Store(d + x, g);
-                }
-                if (c.threshold) c.Drop(at, r, p);
-                if (c.flags & kBlockBias) tile_sum += Sum(sum);
-                if (c.flags & kAlibi) {
-                  const int32_t here = c.q_pos[(c.pos_b == 1 ? 0 : b) * c.q_len + i * c.bq + at.row0 + r];
-                  float part_sum = 0;
-                  for (int64_t x = 0; x < at.columns; x++) part_sum -= d[x] * std::abs(static_cast<float>(keys[x] - here));
-                  alibi_sum += part_sum;
-                }
-                if (c.soft_cap != 0) {
-                  for (int64_t x = 0; x < c.bk_p; x += kLanes) Store(d + x, Load(d + x) * Load(cap + r * c.bk_p + x));
-                }
-              }
-              Multiply<false>(at.rows, c.dim_p, c.bk, slopes, c.bk_p, Packed(kp->typed_data() + block * k_tile, c.bk),
-                              gq + at.row0 * c.dim_p, c.dim_p, !first);
-            }
-            const bool add = mark[j];
-            Multiply<true>(c.bk, c.dim_p, deep, ds, c.bk_p, RowMajor(qs + deep0 * c.dim_p, c.dim_p), dk_sum + j * k_tile,
-                           c.dim_p, add);
-            Multiply<true>(c.bk, c.v_dim_p, deep, s, c.bk_p, RowMajor(gs + deep0 * c.v_dim_p, c.v_dim_p), dv_sum + j * v_tile,
-                           c.v_dim_p, add);
-            mark[j] = 1;
-          }
-          first = first && at.columns <= 0;
-          if (c.flags & kBlockBias) dblock->typed_data()[((b * c.heads + h) * c.nq + i) * c.width + slot] = tile_sum;
-        }
-        if (c.flags & kAlibi) dalibi->typed_data()[(b * c.heads + h) * c.nq + i] = alibi_sum;
-        for (int64_t r = 0; r < rows; r++) {
-          float* to = dq->typed_data() + ((b * c.q_len + i * c.bq + r) * c.heads + h) * c.dim;
-          for (int64_t d = 0; d < c.dim; d++) to[d] = first ? 0.f : gq[r * c.dim_p + d] * c.scale;
-        }
-      }
-    }
-  });
-
-  ParallelFor(pool, kv_total * c.nk, [&](int64_t t) {
-    const int64_t n = t / c.nk, j = t % c.nk, b = n / c.kv_heads, h = n % c.kv_heads;
-    for (int64_t r = 0; r < std::min(c.bk, c.kv_len - j * c.bk); r++) {
-      float* to_k = dk->typed_data() + ((b * c.kv_len + j * c.bk + r) * c.kv_heads + h) * c.dim;
-      float* to_v = dv->typed_data() + ((b * c.kv_len + j * c.bk + r) * c.kv_heads + h) * c.v_dim;
-      std::memset(to_k, 0, c.dim * 4);
-      std::memset(to_v, 0, c.v_dim * 4);
-      for (int64_t part = n * parts; part < (n + 1) * parts; part++) {
-        if (!touched[part * c.nk + j]) continue;
-        const float* from_k = sums[part]->get() + j * k_tile + r * c.dim_p;
-        const float* from_v = sums[part]->get() + c.nk * k_tile + j * v_tile + r * c.v_dim_p;
-        for (int64_t d = 0; d < c.dim; d++) to_k[d] += from_k[d];
-        for (int64_t d = 0; d < c.v_dim; d++) to_v[d] += from_v[d];
-      }
-    }
-  });
-  return ffi::Error::Success();
-}
-
-// ---- decode --------------------------------------------------------------------------------------------------------------
-
 // Few queries against a long cache, contiguous or paged: listed keys are read where they lie, once for all query heads of a
 // list, and nothing else of the cache is touched. The list of an owner (a key head, or a query head where each has its own
 // list) is cut into `parts`, whose results are merged in their order.
@@ -650,7 +877,7 @@ ffi::Error Decode(ffi::ThreadPool pool, int64_t bq, int64_t bk, float scale, flo
     const int64_t owner = t / parts, part = t % parts, b = owner / (c.kv_heads * split);
     const int64_t h0 = owner % (c.kv_heads * split) * owned, kv_h = h0 / c.group, list = c.ListRow(b, h0, 0);
     float *out = partial->typed_data() + t * record, *top = out + rows * c.v_dim_p, *total = top + rows;
-    float* s = Scratch(rows * (c.bk_p + c.dim) + c.bk_p * c.dim + c.bk * c.v_dim_p + 64);
+    float* s = Scratch<0>(rows * (c.bk_p + c.dim) + c.bk_p * c.dim + c.bk * c.v_dim_p + 64);
     float *qs = s + rows * c.bk_p, *kt = qs + rows * c.dim, *vp = kt + c.bk_p * c.dim;
     std::memset(out, 0, rows * c.v_dim_p * 4);
     for (int64_t r = 0; r < rows; r++) {
@@ -677,7 +904,7 @@ ffi::Error Decode(ffi::ThreadPool pool, int64_t bq, int64_t bk, float scale, flo
       for (int64_t g = 0; g < owned; g++) {
         const int64_t r = g * c.q_len;
         const Place at{b, h0 + g, 0, slot, j, 0, c.q_len, columns, (c.flags & kBits) && slot < c.n_part[list]};
-        c.Finish(at, s + r * c.bk_p, nullptr);
+        c.Finish(at, s + r * c.bk_p);
         Soften(c, at, s + r * c.bk_p, top + r, total + r, out + r * c.v_dim_p, false);
       }
       Panels right = RowMajor(values, c.kv_heads * c.v_dim);
@@ -728,12 +955,11 @@ ffi::Error Decode(ffi::ThreadPool pool, int64_t bq, int64_t bk, float scale, flo
   Arg<F32>().Arg<F32>().Arg<F32>().Arg<S32>().Arg<S32>().Arg<S32>().Arg<U8>().Arg<F32>().Arg<S32>()   \
       .Arg<S32>().Arg<F32>().Arg<U32>().Arg<S32>()
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(bsa_forward, Forward,
-                              COMMON_ATTRIBUTES.COMMON_ARGUMENTS.Ret<F32>().Ret<F32>().Ret<F32>().Ret<F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(bsa_forward, Forward, COMMON_ATTRIBUTES.COMMON_ARGUMENTS.Ret<F32>().Ret<F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(bsa_backward, Backward,
                               COMMON_ATTRIBUTES.Attr<int64_t>("parts")
                                   .COMMON_ARGUMENTS.Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>()
-                                  .Ret<F32>().Ret<F32>().Ret<F32>().Ret<F32>().Ret<F32>().Ret<F32>().Ret<F32>().Ret<F32>());
+                                  .Ret<F32>().Ret<F32>().Ret<F32>().Ret<F32>().Ret<F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(bsa_decode, Decode,
                               COMMON_ATTRIBUTES.Attr<int64_t>("parts").Attr<int64_t>("kv_len")
                                   .COMMON_ARGUMENTS.Arg<S32>().Ret<F32>().Ret<F32>().Ret<F32>());

@@ -102,7 +102,7 @@ class BlockLists:
     @property
     def has_rule(self) -> bool:
         """Whether partial tiles differ from full ones at all."""
-        return self.elem is not None or "bits" in self.payload
+        return self.part_width > 0 and (self.elem is not None or "bits" in self.payload)
 
     @property
     def density(self) -> float:

@@ -61,7 +61,7 @@ def _inputs(q: Array, k: Array, v: Array, lists: BlockLists, extras: Extras, set
     batch, _, heads, _ = q.shape
     flags = 0
     bits = jnp.zeros((1,) * 6, jnp.uint8)
-    if lists.has_rule and lists.part_width:
+    if lists.has_rule:
         flags |= _BITS
         bits = partial_bits(lists, batch, heads)
     alibi = block_bias = jnp.zeros((1,), jnp.float32)
@@ -110,19 +110,12 @@ def _call(name: str, shapes: list[tuple[int, ...]], operands: tuple, attributes:
 
 def forward(q: Array, k: Array, v: Array, lists: BlockLists, extras: Extras, settings: Settings) -> tuple[Array, Array]:
     """Output [B, Sq, H, Dv] and lse [B, H, Sq] in float32; see `block_sparse_attention`."""
-    batch, q_len, heads, dim = q.shape
-    kv_heads, v_dim = k.shape[2], v.shape[3]
+    batch, q_len, heads, _ = q.shape
+    v_dim = v.shape[3]
     operands, attributes = _inputs(q, k, v, lists, extras, settings)
     if _few_queries(q, k, lists, settings):
         return _decode(q, k, v, lists, extras, operands, attributes)
-    tiles = batch * kv_heads * lists.nk
-    shapes = [
-        (batch, q_len, heads, v_dim),
-        (batch, heads, q_len),
-        (tiles, _padded(lists.bk), dim),
-        (tiles, lists.bk, _padded(v_dim)),
-    ]
-    o, lse, *_ = _call("bsa_forward", shapes, operands, attributes)
+    o, lse = _call("bsa_forward", [(batch, q_len, heads, v_dim), (batch, heads, q_len)], operands, attributes)
     return o, lse
 
 
@@ -162,25 +155,14 @@ def backward(
     dlse: Array,
 ) -> tuple[Array, Array, Array, Extras]:
     """Gradients of q, k, v and of the differentiable extras, from saved output and lse."""
-    batch, _, heads, dim = q.shape
-    kv_heads, v_dim = k.shape[2], v.shape[3]
+    batch, _, heads, _ = q.shape
     operands, attributes = _inputs(q, k, v, lists, extras, settings)
-    tiles = batch * kv_heads * lists.nk
     block_shape = (batch, heads, lists.nq, lists.width) if extras.block_bias is not None else (1,)
     alibi_shape = (batch, heads, lists.nq) if extras.alibi is not None else (1,)
-    shapes = [
-        q.shape,
-        k.shape,
-        v.shape,
-        block_shape,
-        alibi_shape,
-        (tiles, _padded(lists.bk), dim),
-        (tiles, lists.bk, _padded(dim)),
-        (tiles, _padded(lists.bk), v_dim),
-    ]
-    attributes["parts"] = np.int64(min(lists.nq, math.ceil(_TASKS / (batch * kv_heads))))
+    shapes = [q.shape, k.shape, v.shape, block_shape, alibi_shape]
+    attributes["parts"] = np.int64(min(lists.nq, math.ceil(_TASKS / (batch * k.shape[2]))))
     saved = (o.astype(jnp.float32), lse, do.astype(jnp.float32), dlse)
-    dq, dk, dv, dblock, dalibi, *_ = _call("bsa_backward", shapes, (*operands, *saved), attributes)
+    dq, dk, dv, dblock, dalibi = _call("bsa_backward", shapes, (*operands, *saved), attributes)
     grads = Extras()
     if extras.block_bias is not None:
         # Padding slots are not written.

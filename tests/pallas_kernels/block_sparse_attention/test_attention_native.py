@@ -57,6 +57,19 @@ def test_error_in_bfloat16_is_at_most_twice_the_plain_one(case):
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    "options",
+    [("dropout", "kv_lengths"), ("alibi", "block_bias", "soft_cap", "kv_lengths")],
+    ids=lambda options: ", ".join(options),
+)
+def test_tiles_larger_than_the_pieces_they_are_cut_into(options):
+    sizes = {"q_len": 430, "kv_len": 450, "dim": 24, "v_dim": 40, "bq": 150, "bk": 200}
+    case = zoo.Case(2, 4, 2, **sizes, batch_lists=2, head_lists=4, rule="bits", options=frozenset(options), seed=3)
+    with jax.enable_x64(True):
+        zoo.assert_as_exact_as_plain(case, "native", jnp.float32)
+
+
+@needs_compiler
 def test_is_the_choice_on_cpu_and_says_what_it_does_not_take():
     lists, q, k, v = problem()
     assert explain(q, k, v, lists).name == "native"

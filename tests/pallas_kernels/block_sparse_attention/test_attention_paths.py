@@ -98,6 +98,16 @@ def test_queries_without_keys_are_zero_and_finite(name):
     assert all(np.isfinite(g).all() for g in grads)
 
 
+@pytest.mark.parametrize("name", ["reference", "xla"])
+def test_bits_of_no_tile(name):
+    lists, q, k, v = simple(tiles=np.full((3, 3), 2), elem=None)
+    bits = jnp.zeros((1, 1, 3, 0, 8, 1), jnp.uint8)
+    got = block_sparse_attention(
+        q, k, v, dataclasses.replace(lists, max_part=0, payload={"bits": bits}), implementation=name
+    )
+    np.testing.assert_allclose(got, block_sparse_attention(q, k, v, lists, implementation="reference"), atol=1e-6)
+
+
 def test_new_traced_lists_do_not_recompile():
     traces = []
 
