@@ -6,6 +6,7 @@ usage: python -m experiments list
 
 `run` trains, writes results into runs/NAME of the current folder (or --output FOLDER) and prints a table; it
 continues what was interrupted with --resume. `report` makes the table and the page of a results folder anew.
+Studies of single papers (quest, seer_attention) take minutes, and begin anew each time.
 """
 
 import difflib
@@ -45,8 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _experiments():
     from experiments.configs import EXPERIMENTS  # takes seconds to import, which bad usage need not wait for
+    from experiments.papers import STUDIES
 
-    return EXPERIMENTS
+    return EXPERIMENTS | STUDIES
 
 
 def _list() -> int:
@@ -62,7 +64,7 @@ def _run(name: str, fields: list[str]) -> int:
         return _refuse(f"no experiment {name!r}{_similar(name, experiments)}; known are {', '.join(experiments)}")
     import tyro
 
-    from experiments.experiment import UsageError
+    from experiments.experiment import Study, UsageError
     from experiments.runs import run_experiment
     from sparsejax.checkpoint import CheckpointError
 
@@ -71,12 +73,16 @@ def _run(name: str, fields: list[str]) -> int:
         type(experiment.config), args=fields, default=experiment.config, prog=f"python -m experiments run {name}"
     )
     try:
-        run_experiment(experiment, config)
+        if isinstance(experiment, Study):
+            experiment.run(config)
+        else:
+            run_experiment(experiment, config)
     except (UsageError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command with --resume continues", file=sys.stderr)
+        again = "" if isinstance(experiment, Study) else "; the same command with --resume continues"
+        print(f"\ninterrupted{again}", file=sys.stderr)
         return 130
     return 0
 

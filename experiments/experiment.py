@@ -56,6 +56,23 @@ class Experiment:
     optimizer: Callable[[object], optax.GradientTransformation]
 
 
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """An entry of `python -m experiments list` that is more than training under algorithms, such as a paper's method.
+
+    Args:
+        name: its name.
+        summary: one line about it.
+        config: the default configuration, a frozen dataclass.
+        run: `run(config)`: does everything, prints tables and keeps them in `output` of the configuration.
+    """
+
+    name: str
+    summary: str
+    config: object
+    run: Callable[[object], object]
+
+
 def inputs_and_targets(batch) -> tuple[jax.Array, jax.Array]:
     """What the model sees of a batch and what it must predict: the label, or at each place the next token."""
     if "image" in batch:

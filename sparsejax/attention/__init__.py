@@ -1,4 +1,17 @@
-"""Sparse attention of every kind: masks as expressions, chosen at run time, or by a selector; one kernel under all."""
+"""Sparse attention of every kind: masks as expressions, chosen at run time, or by a selector; one kernel under all.
+
+What does not fit into tiles, and what to do:
+
+- Keys that each query picks for itself (Sparsifiner, top-k tokens): every tile is visited in part, so nothing is saved.
+  `Bits` computes the right thing and costs what dense attention costs.
+- Single columns and diagonals cost whole tiles. `VerticalSlash.attend` gathers the columns and merges.
+- Overlapping clusters (Routing Transformer) average several softmaxes: `TokenGroups`, not a mask.
+- Summaries of regions (Combiner) are new keys: attend to them beside the tokens, and `merge_states`.
+- Heads that need very different numbers of blocks share the width of their lists; call once for each kind of head.
+- Choosing has no gradient: distil (`seer_loss`), or train log-gates through `block_bias`.
+- Selectors that look at the whole sequence (`group_by_scores`, `snapkv`, `VerticalSlash`, `FlexPrefill`) let later
+  tokens influence what earlier ones see: fine for a prompt, not for training a causal model.
+"""
 
 from sparsejax.attention.attend import explain_attention, sparse_attention
 from sparsejax.attention.block_mask import BlockMask

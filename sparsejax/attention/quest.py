@@ -86,11 +86,11 @@ def quest_scores(q: jax.Array, bounds: PageBounds) -> jax.Array:
     kv_heads = bounds.low.shape[2]
     grouped = q.astype(jnp.float32).reshape(batch, queries, kv_heads, heads // kv_heads, dim)
     used = bounds.low[..., :1] <= bounds.high[..., :1]
-    low, high = (jnp.where(used, bound, 0).astype(jnp.float32) for bound in (bounds.low, bounds.high))
-    # max(q low, q high) is q high where q is positive and q low where it is not: two products, no array [..., D].
-    above = jnp.einsum("bshgd,bphd->bhp", jnp.maximum(grouped, 0), high)
-    below = jnp.einsum("bshgd,bphd->bhp", jnp.minimum(grouped, 0), low)
-    return jnp.where(jnp.swapaxes(used[..., 0], 1, 2), above + below, -jnp.inf)
+    # max(q low, q high) is q high where q is positive and q low where it is not, so sums over queries come first.
+    above, below = (jnp.sum(part(grouped, 0), axis=(1, 3))[:, None] for part in (jnp.maximum, jnp.minimum))
+    products = above * bounds.high.astype(jnp.float32) + below * bounds.low.astype(jnp.float32)
+    scores = jnp.sum(jnp.where(used, products, 0), axis=-1)
+    return jnp.where(jnp.swapaxes(used[..., 0], 1, 2), jnp.swapaxes(scores, 1, 2), -jnp.inf)
 
 
 @jax.tree_util.register_dataclass

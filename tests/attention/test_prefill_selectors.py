@@ -75,7 +75,7 @@ def test_the_last_queries_weights_and_their_diagonals():
 def test_vertical_slash_visits_the_chosen_keys_and_distances(select, count):
     q, k, v = qkv(S, S)
     weights = weights_by_loops(q, k, 8)
-    mask, _, _ = select(q, k, base=Local(30))
+    mask, _, _ = jax.jit(lambda q, k: select(q, k, base=Local(30)))(q, k)
     exact, seen = np.zeros((2, 4, S, S), bool), np.zeros((2, 4, S, S), bool)
     row, column = np.arange(S)[:, None], np.arange(S)
     for b, h in np.ndindex(2, 4):
@@ -153,8 +153,17 @@ def test_snapkv_keeps_the_window_the_sinks_and_the_best():
     q, k, v = qkv(12, S)
     window, kernel, sinks = 6, 3, 2
     weights = weights_by_loops(q, k, window).reshape(2, 2, 2, window, S)
-    scores = snapkv_scores(q, k, window=window, kernel=kernel)
-    tokens = snapkv(q, k, TopK(5), window=window, kernel=kernel, sinks=sinks)
+    positions = np.array([S - 9, S - 3, S - 1])
+
+    @jax.jit
+    def compress(q, k, v):
+        scores = snapkv_scores(q, k, window=window, kernel=kernel)
+        tokens = snapkv(q, k, TopK(5), window=window, kernel=kernel, sinks=sinks)
+        kept = tokens.gather(k), tokens.gather(v)
+        options = {"q_positions": positions, "return_lse": True, "implementation": "xla"}
+        return scores, tokens, tokens.attend(q[:, :3], *kept, Causal(), **options)
+
+    scores, tokens, (out, aux) = compress(q, k, v)
     kept = np.zeros((2, 4, 1, S), bool)
     for b, h in np.ndindex(2, 2):
         total = np.pad(weights[b, h].mean(0).sum(0)[: S - window], 1)
@@ -164,16 +173,7 @@ def test_snapkv_keeps_the_window_the_sinks_and_the_best():
         assert tokens.idx[b, h].tolist() == sorted(chosen)
         kept[b, 2 * h : 2 * h + 2, 0, sorted(chosen)] = True
     assert int(tokens.overflow) == 0
-    out, aux = tokens.attend(
-        q[:, :3],
-        tokens.gather(k),
-        tokens.gather(v),
-        Causal(),
-        q_positions=np.array([S - 9, S - 3, S - 1]),
-        return_lse=True,
-        implementation="xla",
-    )
-    seen = kept & (np.arange(S) <= np.array([S - 9, S - 3, S - 1])[:, None])
+    seen = kept & (np.arange(S) <= positions[:, None])
     plain, lse = dense(q[:, :3], k, v, seen)
     np.testing.assert_allclose(out, plain, atol=1e-5)
     np.testing.assert_allclose(aux.lse, lse, atol=1e-5)
@@ -183,7 +183,7 @@ def test_heads_share_what_ada_snapkv_keeps():
     q, k, _ = qkv(12, S)
     k = k.at[:, :, 0].multiply(4)
     window, keys = 4, 12
-    tokens = ada_snapkv(q, k, keys, window=window, kernel=1, sinks=1, floor=0.6)
+    tokens = jax.jit(lambda q, k: ada_snapkv(q, k, keys, window=window, kernel=1, sinks=1, floor=0.6))(q, k)
     assert tokens.count.sum(-1).tolist() == [2 * keys] * 2
     scores = weights_by_loops(q, k, window).reshape(2, 2, 2, window, S).max((2, 3))
     scores[..., S - window :] = scores[..., :1] = np.inf

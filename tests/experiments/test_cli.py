@@ -21,7 +21,8 @@ TINY = [
 def test_list_names_the_experiments(capsys):
     assert main(["list"]) == 0
     out = capsys.readouterr().out
-    assert [line.split()[0] for line in out.splitlines()] == ["digits_dst", "digits_conv", "digits_vit", "bytes_lm"]
+    names = ["digits_dst", "digits_conv", "digits_vit", "bytes_lm", "quest", "seer_attention"]
+    assert [line.split()[0] for line in out.splitlines()] == names
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["run", "--help"], ["report", "-h"]])
