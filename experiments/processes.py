@@ -172,7 +172,7 @@ def _get(client, key: str, patience: float, process: int) -> str:
         raise LateError(f"waited {patience:g} s for an answer of {in_words([process])}") from error
 
 
-READING, STEPPING, SAVING = "reading the data of", "computing", "saving at"
+READING, STEPPING, SAVING, RESTORING = "reading the data of", "computing", "saving at", "restoring"
 
 
 class Watch:

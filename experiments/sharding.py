@@ -93,13 +93,15 @@ class Layout:
                 moments and masks.
             params: the parameters, arrays or `jax.ShapeDtypeStruct`.
         """
-        shapes = {name: leaf.shape for name, leaf in named_leaves(params)}
+        named = {name: (name, leaf.shape) for name, leaf in named_leaves(params)}
+        # Moments of a stored weight are those of its values, and have its name.
+        named |= {name.removesuffix("/values"): found for name, found in named.items() if name.endswith("/values")}
 
         def place(name, leaf):
             parts = name.split("/")
             tails = ("/".join(parts[start:]) for start in range(len(parts)))
-            match = next((tail for tail in tails if shapes.get(tail) == leaf.shape), None)
-            return self.sharding() if match is None else NamedSharding(self.mesh, self.spec(match, leaf.shape))
+            found = next((named[tail] for tail in tails if named.get(tail, ("", None))[1] == leaf.shape), None)
+            return self.sharding() if found is None else NamedSharding(self.mesh, self.spec(*found))
 
         return map_with_names(place, state)
 

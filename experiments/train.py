@@ -16,7 +16,7 @@ from experiments.chips import peak_flops
 from experiments.experiment import score
 from experiments.machines import Machines, Preempted, PreemptionNotice, Profile, Speed
 from experiments.metrics import MetricsLog
-from experiments.processes import READING, SAVING, STEPPING, Watch, barrier, from_first
+from experiments.processes import READING, RESTORING, SAVING, STEPPING, Watch, barrier, from_first
 from experiments.variant import TrainState, Variant
 from sparsejax import Checkpointer
 from sparsejax.analysis import exploration_rate, mask_overlap
@@ -67,11 +67,13 @@ def train(
     with checkpoints, Watch(machines.patience) as watch, PreemptionNotice() as preempted:
         newest = from_first(lambda: checkpoints.latest_step, machines.patience) if resume else None
         if newest is not None:
+            watch.doing(RESTORING, newest)
             saved = _restore_newest(checkpoints, {"train": variant.abstract_state(), "training_flops": 0}, machines)
         else:
             saved = {"train": variant.first_state(seed), "training_flops": 0}
         state = saved["train"]
         step = int(state.step)
+        watch.doing(READING, step)
         # Batches are a function of seed and step, so the step is the position, whatever the number of processes.
         data.set_state({**data.get_state(), "next_index": step})
         _compare(variant, state)

@@ -8,6 +8,7 @@ compared on `restore`.
 import contextlib
 import gc
 import math
+import numbers
 from pathlib import Path
 
 import jax
@@ -86,11 +87,26 @@ class Checkpointer:
         self.wait()
 
     def wait(self) -> None:
-        """Waits until the last save is on disk; raises what went wrong with it."""
+        """Waits until the last save is on disk.
+
+        Raises:
+            CheckpointError: it could not be written, for example because the disk is full; steps saved before are as
+                they were.
+        """
         pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
-            self._remove_old_steps()
+        if pending is None:
+            return
+        step, response = pending
+        try:
+            response.result()
+        except Exception as error:  # whatever Orbax and its writers raise
+            lines = str(error).strip().splitlines() or [""]
+            kept = ", ".join(map(str, self.steps)) or "none"
+            raise CheckpointError(
+                f"{self._name(step)} could not be saved ({type(error).__name__}: {lines[0][:200]}); steps saved before "
+                f"are as they were: {kept}. Make room, or save elsewhere, and restore the newest"
+            ) from error
+        self._remove_old_steps()
 
     def _remove_old_steps(self) -> None:
         if self._keep is None or not ocp.multihost.is_primary_host(0):
@@ -113,15 +129,20 @@ class Checkpointer:
         """Saves a state in the background. The caller may donate it as soon as this returns.
 
         Args:
-            step: the number to save it under.
+            step: the number to save it under, a whole number from 0 on.
             state: pytree of arrays and Python numbers.
             data: an iterator whose position is saved too, such as one of grain's: has `get_state` and `set_state`.
             overwrite: replace the step if it exists already.
 
         Raises:
             CheckpointError: the step exists.
-            ValueError: a leaf cannot be saved, or two leaves have the same name; names the leaf.
+            TypeError: the step is no integer.
+            ValueError: the step is negative; a leaf cannot be saved, or two leaves have the same name; names the leaf.
         """
+        if isinstance(step, bool) or not isinstance(step, numbers.Integral):
+            raise TypeError(f"step is {step!r}; give an integer, such as int(state.step)")
+        if step < 0:
+            raise ValueError(f"step is {step}; steps count from 0")
         if step in self.steps and not overwrite:
             raise CheckpointError(f"{self.directory} has step {step} already; save another or pass overwrite=True")
         leaves, records = leaves_by_name(state), describe(state)
@@ -130,9 +151,10 @@ class Checkpointer:
         if data is not None:
             manifest["data"] = data_checksums(data)
             checkpointables["data"] = data
-        self._pending = ocp.save_checkpointables_async(
+        response = ocp.save_checkpointables_async(
             self.directory / str(step), checkpointables, overwrite=overwrite, custom_metadata={"sparsejax": manifest}
         )
+        self._pending = step, response
 
     def restore(self, abstract_state, data=None, *, step: int | None = None, partial: bool = False):
         """Reads a state back and verifies every leaf of it.
@@ -221,13 +243,15 @@ class Checkpointer:
         path = self.directory / str(step)
         unread = {name: ocp.PLACEHOLDER for name, record in saved.items() if math.prod(record.shape)}
         loaded, problem = read_files(lambda: ocp.load(path, _nest(unread | _stored(requests))))
-        if problem:
+        if _on_any_process(problem is not None):  # reading is a joint effort: all go on, or all give up
             each = {
                 name: read_files(lambda request=request: ocp.load(path, _nest(unread | request)))[1]
                 for name, request in ((name, {name: leaf}) for name, leaf in _stored(requests).items())
             }
             leaf = next((name for name, trouble in each.items() if trouble), None)
-            raise DamagedCheckpointError(f"{leaf or 'its state'} cannot be read ({problem})", leaf)
+            raise DamagedCheckpointError(
+                f"{leaf or 'its state'} cannot be read ({problem or 'by another process'})", leaf
+            )
         loaded = leaves_by_name(jax.tree.map(lambda leaf: None if leaf is ocp.PLACEHOLDER else leaf, loaded))
         return {name: loaded[name] if name in loaded else _empty(request) for name, request in requests.items()}
 
@@ -239,6 +263,14 @@ class Checkpointer:
         if problem:
             data.set_state(position)
             raise DamagedCheckpointError(f"the state of the data iterator cannot be read ({problem})", "data")
+
+
+def _on_any_process(here: bool) -> bool:
+    if jax.process_count() == 1:
+        return here
+    from jax.experimental import multihost_utils
+
+    return bool(np.any(multihost_utils.process_allgather(np.bool_(here))))
 
 
 def _stored(leaves: dict) -> dict:

@@ -1,0 +1,136 @@
+"""Runs an experiment in several processes on this machine.
+
+    python -m experiments.launch.local --processes 2 --devices 4 -- run bytes_lm --mesh 2 2 2 --output runs/two
+
+When one process fails, the others are ended; with --restarts they then all start again, with --resume. SIGTERM is
+passed on to all, which save and stop.
+"""
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+TOGETHER = 10.0  # seconds that the other processes have to end by themselves once one has failed
+
+
+class Job:
+    """Processes that run one command of `python -m experiments` together.
+
+    Args:
+        arguments: of the command.
+        processes: how many.
+        devices: CPU devices of each; None takes what is there.
+        environment: variables that differ from this process's.
+        output: called with each line that a process prints, and its number.
+
+    Attributes:
+        workers: the processes, `subprocess.Popen`.
+    """
+
+    def __init__(self, arguments, *, processes: int, devices: int | None = None, environment=None, output=None):
+        environment = {**os.environ, **(environment or {})}
+        if devices:
+            flags = environment.get("XLA_FLAGS", "").split()
+            flags = [flag for flag in flags if "xla_force_host_platform_device_count" not in flag]
+            flags.append(f"--xla_force_host_platform_device_count={devices}")
+            environment |= {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
+        address = f"127.0.0.1:{_free_port()}"
+        self._output = output or (lambda index, line: print(f"[{index}] {line}", flush=True))
+        self.workers = []
+        self._readers = []
+        for index in range(processes):
+            where = ["--coordinator", address, "--processes", str(processes), "--process", str(index)]
+            worker = subprocess.Popen(
+                [sys.executable, "-m", "experiments", *arguments, *where],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+            )
+            self.workers.append(worker)
+            reader = threading.Thread(target=self._read, args=(index, worker), daemon=True)
+            reader.start()
+            self._readers.append(reader)
+
+    def _read(self, index: int, worker) -> None:
+        for line in worker.stdout:
+            self._output(index, line.rstrip("\n"))
+
+    def wait(self) -> int:
+        """Waits for all; returns 0, or the status of the first that failed, after which the others are ended."""
+        while True:
+            states = [worker.poll() for worker in self.workers]
+            failed = next((state for state in states if state), None)
+            if failed is not None:
+                self._end()
+                return failed
+            if all(state == 0 for state in states):
+                self._end()
+                return 0
+            time.sleep(0.05)
+
+    def _end(self) -> None:
+        deadline = time.monotonic() + TOGETHER
+        for worker in self.workers:
+            try:
+                worker.wait(max(deadline - time.monotonic(), 0.1))
+            except subprocess.TimeoutExpired:
+                worker.kill()
+                worker.wait()
+        for reader in self._readers:
+            reader.join(5)
+
+    def send(self, number: int) -> None:
+        """Sends a signal to all that still run."""
+        for worker in self.workers:
+            if worker.poll() is None:
+                worker.send_signal(number)
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns the exit status of the run."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.launch.local",
+        description=__doc__.splitlines()[0],
+        usage="%(prog)s [options] -- run NAME ...",
+    )
+    parser.add_argument("--processes", type=int, default=2, help="processes on this machine")
+    parser.add_argument("--devices", type=int, help="CPU devices of each process; by default what JAX finds")
+    parser.add_argument(
+        "--restarts", type=int, default=0, help="how often to start again, with --resume, after a failure"
+    )
+    parser.add_argument("command", nargs="+", help="what follows `python -m experiments`")
+    options = parser.parse_args(arguments)
+    command = list(options.command)
+    stopped = threading.Event()
+    for attempt in range(options.restarts + 1):
+        job = Job(command, processes=options.processes, devices=options.devices)
+
+        def stop(number, frame, job=job):
+            stopped.set()
+            job.send(number)
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, stop)
+        status = job.wait()
+        if status == 0 or stopped.is_set() or attempt == options.restarts:
+            return status if status >= 0 else 128 - status
+        print(f"a process ended with status {status}; all start again from the newest checkpoint", flush=True)
+        command += ["--resume"] * ("--resume" not in command)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
