@@ -123,8 +123,8 @@ def make_algorithm(name: Name, config, *, seed=0, masks=None) -> sparsejax.Algor
             cycles = 3
             if end < 2 * every * cycles:
                 raise UsageError(
-                    f"cyclic takes {cycles} cycles of at least 2 x update_every={every} steps, which do not fit into {end} "
-                    f"of {config.steps} steps; choose a smaller update_every"
+                    f"cyclic takes {cycles} cycles of at least 2 x update_every={every} steps, which do not fit into "
+                    f"{end} of {config.steps} steps; choose a smaller update_every"
                 )
             period = 2 * every * max(end // (2 * every * cycles), 1)
             return sparsejax.cyclic(sparsity, period=period, cycles=cycles, update_every=every, **where)

@@ -1,6 +1,7 @@
 """The metrics of a run: JSON lines that survive a kill and that a resumed run continues without a repetition."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -24,7 +25,7 @@ class MetricsLog:
             return
         # A new file takes the place of the old one at once, so that no kill can leave half of it.
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+        temporary.write_text("".join(_line(record) for record in self.records))
         os.replace(temporary, self.path)
         self._file = self.path.open("a")
 
@@ -33,7 +34,7 @@ class MetricsLog:
         record = {"kind": kind, "step": step, **fields}
         self.records.append(record)
         if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(_line(record))
             self._file.flush()
         return record
 
@@ -50,13 +51,36 @@ class MetricsLog:
 
 
 def read_records(path: str | Path) -> list[dict]:
-    """The records of a file, without a last line that was cut off; empty where there is no file."""
+    """The records of a file, without a last line that was cut off; empty where there is no file.
+
+    Raises:
+        ValueError: a line is no record; names the file and the line.
+    """
     records = []
-    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
+    lines = Path(path).read_bytes().splitlines() if Path(path).exists() else []
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            records.append(_checked(json.loads(line.decode())))
+        except (ValueError, TypeError) as error:
             if number < len(lines):
-                raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
+                raise ValueError(f"{path}, line {number} is no record: {error}") from error
     return records
+
+
+def _line(record: dict) -> str:
+    """JSON has no number that is not finite; null stands for it."""
+    return json.dumps({name: None if _odd(value) else value for name, value in record.items()}) + "\n"
+
+
+def _odd(value) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _checked(record) -> dict:
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+        raise TypeError("it has no kind")
+    if not isinstance(record.get("step"), int):
+        raise TypeError(f"its step is {record.get('step')!r}")
+    if record["kind"] == "masks" and not isinstance(record.get("layers"), dict):
+        raise TypeError("its masks have no layers")
+    return record

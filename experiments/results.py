@@ -7,6 +7,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiments.metrics import read_records
+
 HIGHER_IS_BETTER = {"accuracy": True, "bits_per_byte": False}
 
 
@@ -38,6 +40,14 @@ class Run:
         everything = [record["step"] for records in self.records.values() for record in records]
         return max([*everything, self.final["step"] if self.final else 0])
 
+    @property
+    def diverged(self) -> bool:
+        """Whether the run ended in a loss or a metric that is no number."""
+        if self.final is None:
+            return False
+        found = [self.final.get("loss", 0.0), *(self.final[m] for m in HIGHER_IS_BETTER if m in self.final)]
+        return bool(self.final.get("diverged")) or len(found) < 2 or not all(map(_finite, found))
+
     def curve(self, kind: str, value) -> tuple[list[int], list[float]]:
         """Steps and `value(record)` of the records of a kind; records without a value (None) are left out."""
         points = [(record["step"], value(record)) for record in self.records[kind]]
@@ -55,7 +65,7 @@ class Row:
         std: their sample standard deviation; None for fewer than two.
         finished: how many seeds have ended.
         seeds: how many were started.
-        diverged: how many ended without a finite metric; they are not in `mean`.
+        diverged: how many ended in what is no number; none of their figures is in a mean.
         sparsity: actual sparsity of the prunable weights.
         nnz: prunable weights kept, the mean over seeds.
         size: prunable weights.
@@ -155,11 +165,13 @@ def layer_density(runs: list[Run]) -> dict[str, float]:
 
 
 def _row(method: str, metric: str, runs: list[Run]) -> Row:
-    finals = [run.final for run in runs if run.final]
-    explored = [run.records["masks"][-1].get("exploration") for run in runs if run.final and run.records["masks"]]
+    ended = [run for run in runs if run.final]
+    fine = [run for run in ended if not run.diverged]
+    finals = [run.final for run in fine]
+    explored = [run.records["masks"][-1].get("exploration") for run in fine if run.records["masks"]]
     if not finals:
-        return Row(method, metric, None, None, 0, len(runs))
-    qualities = [final[metric] for final in finals if math.isfinite(final.get(metric, math.nan))]
+        return Row(method, metric, None, None, len(ended), len(runs), diverged=len(ended))
+    qualities = [final[metric] for final in finals]
 
     def mean(key, relative_to=None):
         if any(name and name not in final for name in (key, relative_to) for final in finals):
@@ -174,9 +186,9 @@ def _row(method: str, metric: str, runs: list[Run]) -> Row:
         metric=metric,
         mean=statistics.fmean(qualities) if qualities else None,
         std=statistics.stdev(qualities) if len(qualities) > 1 else None,
-        finished=len(finals),
+        finished=len(ended),
         seeds=len(runs),
-        diverged=len(finals) - len(qualities),
+        diverged=len(ended) - len(fine),
         sparsity=mean("sparsity"),
         nnz=count("nnz"),
         size=count("size"),
@@ -192,9 +204,12 @@ def _load_run(folder: Path) -> Run:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         method, seed = config["variant"], config["seed"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ReportError(f"{folder / 'config.json'} is no run's configuration: {error!r}") from error
-    records = _load_metrics(folder / "metrics.jsonl")
+    try:
+        records = read_records(folder / "metrics.jsonl")
+    except ValueError as error:
+        raise ReportError(str(error)) from error
     # A resumed run repeats the steps since its last checkpoint: the later record of a step is the one that counts.
     latest = {(record["kind"], record["step"]): record for record in records}
     by_kind = {kind: [] for kind in ("train", "eval", "masks", "final")}
@@ -204,20 +219,8 @@ def _load_run(folder: Path) -> Run:
     return Run(method, seed, config, by_kind, final[-1] if final else None)
 
 
-def _load_metrics(path: Path) -> list[dict]:
-    """The records of a file; a last line that was cut off while it was written is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            record["kind"], record["step"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            if number == len(lines):
-                break
-            raise ReportError(f"{path}, line {number} is no record with a kind and a step: {error!r}") from error
-        records.append(record)
-    return records
+def _finite(value) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _hint(folder: Path) -> str:

@@ -429,3 +429,10 @@ def test_a_save_that_is_killed_midway_leaves_only_whole_steps(tmp_path):
                 restored = checkpoints.restore(like, step=step)
                 assert all(bool((leaf == step).all()) for leaf in restored.values())
         assert not any("tmp" in path.name for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("step", "error"), [(100.0, TypeError), ("a", TypeError), (True, TypeError), (-1, ValueError)])
+def test_a_step_that_is_no_count_is_refused(tmp_path, step, error):
+    with Checkpointer(tmp_path) as checkpoints, pytest.raises(error, match=f"step is {step!r}"):
+        checkpoints.save(step, {"kernel": jnp.ones(3)})
+    assert not list(tmp_path.iterdir())

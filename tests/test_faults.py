@@ -605,6 +605,8 @@ def test_messages_have_no_line_breaks():
         (lambda: sparsejax.rigl(0.9, update_evry=3), TypeError, r"rigl\(\).*update_evry.*did you mean update_every="),
         (lambda: sparsejax.set_(0.9, decay=3), TypeError, r"set_\(\) does not take decay=; it takes drop, grow"),
         (lambda: sparsejax.NM(2.0, 4), TypeError, r"NM\(n=2.0\): give a whole number"),
+        (lambda: sparsejax.gradual(0.3, initial=0.9, begin=0, end=6), ValueError, "0.9 is above the final one, 0.3"),
+        (lambda: sparsejax.granet(0.5, initial=0.9, end=6), ValueError, "0.9 is above the final one, 0.5"),
         (lambda: sparsejax.iterative(rounds=2.5, every=3), TypeError, "rounds is 2.5"),
         (lambda: sparsejax.movement(0.9, begin=0, end=9, learning_rate=np.nan), ValueError, "learning_rate is nan"),
     ],
@@ -612,3 +614,9 @@ def test_messages_have_no_line_breaks():
 def test_wrong_arguments_of_presets(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_starting_masks_of_which_there_are_none():
+    tx = sparsejax.sparsify(optax.sgd(0.1), sparsejax.from_masks({"kernel": None}))
+    with pytest.raises(ValueError, match="no leaf has a starting mask"):
+        tx.init({"kernel": jnp.ones((4, 4))})

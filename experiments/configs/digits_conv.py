@@ -1,8 +1,8 @@
 """A small residual network on handwritten digits.
 
 COMMAND:  python -m experiments run digits_conv
-RESULT:
-RUNTIME:
+RESULT:   dense 99.0 %, gradual 96.6, RigL 96.5, static 94.8 accuracy at 95 % zeros (one seed)
+RUNTIME:  1 minute of one core
 """
 
 import dataclasses

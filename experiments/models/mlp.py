@@ -21,6 +21,8 @@ class MLP(nnx.Module):
     """
 
     def __init__(self, sizes: Sequence[int], *, rngs: nnx.Rngs):
+        if min(sizes) < 1:
+            raise ValueError(f"layers of {tuple(sizes)} features; each needs 1 or more")
         init = nnx.initializers.he_normal()
         self.layers = nnx.List(
             [nnx.Linear(fan_in, fan_out, kernel_init=init, rngs=rngs) for fan_in, fan_out in itertools.pairwise(sizes)]

@@ -51,6 +51,10 @@ def plan_leaves(params, algorithm: Algorithm, rules=None) -> tuple[LeafPlan, ...
             merged.append(LeafPlan(leaf.path, leaf.shape, None, Unstructured(), None, "sparse: starting mask"))
         else:
             merged.append(leaf)
+    if not any(leaf.stored or leaf.structure is not None for leaf in merged):
+        raise ValueError(
+            "no leaf has a starting mask, so there is nothing to do; give a bool mask for each sparse leaf"
+        )
     return tuple(merged)
 
 

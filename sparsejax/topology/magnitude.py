@@ -75,7 +75,7 @@ def cubic_sparsity(final, *, begin, end, initial=0.0):
         An optax schedule.
 
     Raises:
-        ValueError: a sparsity is outside [0, 1), or `end` is before `begin`.
+        ValueError: a sparsity is outside [0, 1), `initial` is above `final`, or `end` is before `begin`.
 
     Example:
         >>> schedule = cubic_sparsity(0.9, begin=0, end=100)
@@ -85,6 +85,8 @@ def cubic_sparsity(final, *, begin, end, initial=0.0):
     for sparsity in (final, initial):
         if not isinstance(sparsity, jax.Array):  # no schedule either: this is one
             exact_fraction(sparsity)
+    if not isinstance(final, jax.Array) and not isinstance(initial, jax.Array) and initial > final:
+        raise ValueError(f"initial sparsity {initial} is above the final one, {final}: this schedule only prunes")
     if end < begin:
         raise ValueError(f"masks would never move: end={end} is before begin={begin}")
     if end == begin:

@@ -134,3 +134,90 @@ def test_a_second_run_takes_the_next_folder_and_resume_the_last(capsys, tmp_path
     assert "was started with sparsity=0.98 and cannot be resumed with sparsity=0.5" in capsys.readouterr().err
     assert main([*command, "--output", "runs/digits_dst"]) == 1
     assert "continue it with --resume" in capsys.readouterr().err
+
+
+def test_runs_of_other_settings_do_not_share_a_table(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["run", "digits_dst", *TINY, "--output", "mixed"]
+    assert main([*command, "--algorithms", "dense"]) == 0
+    capsys.readouterr()
+    assert main([*command, "--algorithms", "static", "--hidden", "9", "4"]) == 1
+    err = capsys.readouterr().err
+    assert "cannot share a table with hidden=[9, 4]: pass --hidden 8, or start anew in another --output" in err
+    assert main(["run", "digits_vit", "--output", "mixed", "--steps", "20", "--algorithms", "static"]) == 1
+    assert "was started with experiment=digits_dst and cannot share a table with" in capsys.readouterr().err
+
+
+def test_a_run_that_diverges_is_no_result_and_the_others_go_on(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = [
+        "run",
+        "digits_dst",
+        *TINY,
+        "--learning-rate",
+        "nan",
+        "--algorithms",
+        "sr_ste",
+        "dense",
+        "--sparsity",
+        "0.9",
+    ]
+    assert main(command) == 1
+    out, err = capsys.readouterr()
+    assert "note: sr_ste keeps 2 of 4 weights, by --n-of-m; --sparsity is not used" in out
+    assert "DIVERGED: dense, 1 of 1 seeds" in out
+    assert "error: 2 of the runs diverged: sr_ste seed 3, dense seed 3" in err
+    text = Path("runs/digits_dst/dense/seed3/metrics.jsonl").read_text()
+    assert "NaN" not in text
+
+
+@pytest.mark.parametrize("place", ["a_file", "a_file/below"])
+def test_a_folder_that_cannot_be_written(capsys, tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    Path("a_file").write_text("")
+    assert main(["run", "digits_dst", *TINY, "--algorithms", "dense", "--output", place]) == 1
+    assert f"error: nothing can be written into {place}/dense/seed3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", b"", "is no run's configuration"),
+        ("config.json", b"null", "is no run's configuration"),
+        ("config.json", b"[1]", "is no run's configuration"),
+        ("config.json", b"\xff\xfe", "is no run's configuration"),
+        ("metrics.jsonl", b'{"kind": "train"}\n{"kind": "eval", "step": 0}\n', "line 1 is no record: its step is None"),
+        ("metrics.jsonl", b'\xff\n{"kind": "eval", "step": 0}\n', "line 1 is no record"),
+        ("metrics.jsonl", b'{"kind": "masks", "step": 0}\n{"kind": "eval", "step": 0}\n', "its masks have no layers"),
+    ],
+)
+def test_damaged_folders_are_errors(capsys, tmp_path, monkeypatch, name, content, message):
+    monkeypatch.chdir(tmp_path)
+    command = ["run", "digits_dst", *TINY, "--algorithms", "dense"]
+    run = Path("runs/digits_dst/dense/seed3")
+    run.mkdir(parents=True)
+    (run / "config.json").write_text('{"variant": "dense", "seed": 3, "experiment": "digits_dst"}')
+    (run / name).write_bytes(content)
+    assert main(["report", "runs/digits_dst"]) == 1
+    assert message in capsys.readouterr().err
+    if name == "config.json":
+        assert main([*command, "--resume"]) == 1
+        assert f"{message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--hidden", "0"], "layers of (64, 0, 10) features; each needs 1 or more"),
+        (["--seeds", "1", "1"], "seeds 1 1: one is given twice"),
+        (["--algorithms", "cyclic"], "cyclic takes 3 cycles of at least 2 x update_every=5 steps"),
+        (
+            ["--algorithms", "iterative", "--steps", "9"],
+            "iterative prunes in 10 rounds, which do not fit into 6 of 9 steps",
+        ),
+    ],
+)
+def test_configurations_that_cannot_be_run(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "digits_dst", *TINY, *arguments]) == 1
+    assert message in capsys.readouterr().err

@@ -263,7 +263,7 @@ def test_a_resumed_log_forgets_what_will_be_written_again(tmp_path):
 def test_a_broken_line_inside_a_log_is_an_error(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"kind": "train", "step": 1}\n{"ki\n{"kind": "train", "step": 2}\n')
-    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 is no JSON"):
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 is no record"):
         read_records(path)
 
 
