@@ -95,7 +95,8 @@ def _launch(name, body, tile: _Tile, ring, out, grid, operands, interpret):
 
         @pl.when(worker < tile.workers)
         def _():
-            plgpu.set_max_registers(232 if tile.workers > 1 else 240, action="increase")
+            if tile.workers > 1:
+                plgpu.set_max_registers(232, action="increase")
 
             def multiply(*accumulators):
                 @pl.loop(0, steps)
@@ -124,7 +125,9 @@ def _launch(name, body, tile: _Tile, ring, out, grid, operands, interpret):
 
         @pl.when(worker == tile.workers)
         def _():
-            plgpu.set_max_registers(40, action="decrease")
+            # A program with one worker shares its multiprocessor with others, so it leaves them their registers.
+            if tile.workers > 1:
+                plgpu.set_max_registers(40, action="decrease")
 
             @pl.loop(0, steps)
             def _(t):
