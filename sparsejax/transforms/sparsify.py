@@ -66,10 +66,14 @@ def sparsify(
 
     Elements of `inner` get the masks as `masks=` among the extra arguments. Moments of pruned weights are 0, so that a
     weight that grows starts from 0 with zero moments. Masks move before the step that they move at: a weight grown at a
-    step already takes that step, unless the algorithm replaces the step; then `inner` gets zero gradients, so that its
-    counters and schedules keep in step with the loop, and no weight moves. For algorithms that start sparse, the
-    parameters are dense until the first update has been applied; call `mask_params` before training to start exactly
-    sparse.
+    step already takes that step (a block takes its first one at the next), unless the algorithm replaces the step; then
+    `inner` gets zero gradients, so that its counters and schedules keep in step with the loop, and no weight moves. For
+    algorithms that start sparse, the parameters are dense until the first update has been applied; call `mask_params`
+    before training to start exactly sparse.
+
+    Parameters may be stored (`BlockSparse`, see `to_sparse`): then `inner` sees the blocks that are kept, masks are
+    those of the grid of blocks, what is stored is what training starts with, and updates move indices too. Take
+    gradients with `sparsejax.value_and_grad`.
 
     Args:
         inner: the optimizer.
