@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.data.sources import ImageArrays, Split
+from experiments.data.sources import ImageArrays, Split, require_file
 
 _PIXELS = 3 * 32 * 32
 
@@ -22,7 +22,7 @@ def read_cifar(paths: Sequence[str | Path], *, label_classes: Sequence[int], lab
         `ImageArrays` of images in [0, 1], float32 (32, 32, 3), and int32 labels.
 
     Raises:
-        FileNotFoundError: a file is not there.
+        FileNotFoundError: a file is not there, or is a folder.
         ValueError: no files, a file that is empty or does not end with a whole record, or a label out of range.
 
     References:
@@ -38,6 +38,7 @@ def read_cifar(paths: Sequence[str | Path], *, label_classes: Sequence[int], lab
 
 
 def _read_records(path: Path, width: int, label_classes: Sequence[int]) -> np.ndarray:
+    require_file(path)
     content = np.fromfile(path, np.uint8)
     if content.size == 0 or content.size % width:
         raise ValueError(
@@ -103,7 +104,10 @@ def _load(
         )
     classes = ()
     if (folder / names).is_file():
-        classes = tuple((folder / names).read_text().split())
+        try:
+            classes = tuple((folder / names).read_text("utf-8").split())
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{folder / names}: is no text, expected the names of the classes ({error})") from error
         if len(classes) != label_classes[label]:
             raise ValueError(f"{folder / names}: names {len(classes)} classes, expected {label_classes[label]}")
     parts = [

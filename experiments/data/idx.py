@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.data.sources import ImageArrays, Split
+from experiments.data.sources import ImageArrays, Split, check_labels, require_file
 
 # The third byte of a file says what its elements are; all are big-endian.
 _DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
@@ -26,13 +26,15 @@ def read_idx(path: str | Path) -> np.ndarray:
         An array of the shape and element type that the header gives, in the machine's byte order.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not IDX, is truncated, has bytes too many, or its compression is broken.
+        FileNotFoundError: there is no such file, or it is a folder.
+        ValueError: the file is not IDX, is truncated, has bytes too many or axes too many for an array, or its
+            compression is broken.
 
     References:
         Y. LeCun, C. Cortes, C. Burges, "The MNIST database of handwritten digits", section "File formats".
     """
     path = Path(path)
+    require_file(path)
     with path.open("rb") as file:
         compressed = file.read(2) == _GZIP_MAGIC
     try:
@@ -49,7 +51,10 @@ def read_idx(path: str | Path) -> np.ndarray:
             f"{path}: the header announces shape {shape} of {dtype.name}, {expected} bytes after the header, "
             f"but there are {found}"
         )
-    return np.frombuffer(content, dtype).reshape(shape).astype(dtype.newbyteorder("="))
+    try:
+        return np.frombuffer(content, dtype).reshape(shape).astype(dtype.newbyteorder("="))
+    except ValueError as error:
+        raise ValueError(f"{path}: the header announces shape {shape}, which no array can have ({error})") from error
 
 
 def _read_header(file, path: Path) -> tuple[tuple[int, ...], np.dtype]:
@@ -82,7 +87,7 @@ def load_idx(images: str | Path, labels: str | Path) -> ImageArrays:
 
     Args:
         images: an IDX file of unsigned bytes, (records, height, width) or (records, height, width, channels).
-        labels: an IDX file of integers, (records,).
+        labels: an IDX file of integers from 0, (records,).
 
     Returns:
         `ImageArrays` of images in [0, 1], float32 (height, width, channels), and int32 labels.
@@ -104,6 +109,7 @@ def load_idx(images: str | Path, labels: str | Path) -> ImageArrays:
         )
     if len(pixels) != len(targets):
         raise ValueError(f"{images} has {len(pixels)} images but {labels} has {len(targets)} labels, expected as many")
+    check_labels(targets, str(labels))
     return ImageArrays(pixels if pixels.ndim == 4 else pixels[..., None], targets, origin=str(images))
 
 

@@ -20,7 +20,8 @@ class ImageFolder:
 
     Args:
         root: the folder with one subfolder for each class.
-        size: (height, width) that every image is brought to: cut to that aspect ratio around its centre, then resized.
+        size: (height, width) that every image is brought to: cut to that aspect ratio around its centre, then resized;
+            None leaves images as they are.
         channels: 3 for colour or 1 for grey.
         classes: the names of the classes, label 0 first; by default the subfolders. Give a validation folder the
             training folder's, so that labels mean the same even where a class is missing.
@@ -54,13 +55,13 @@ class ImageFolder:
         self,
         root: str | Path,
         *,
-        size: tuple[int, int],
+        size: tuple[int, int] | None,
         channels: int = 3,
         classes: Sequence[str] | None = None,
         extensions: Sequence[str] = EXTENSIONS,
     ):
         check_image_options(size, channels)
-        self.root, self.size, self.channels = Path(root), tuple(size), channels
+        self.root, self.size, self.channels = Path(root), size and tuple(size), channels
         if not self.root.is_dir():
             raise FileNotFoundError(f"{root} is not a folder, expected one with a subfolder of images for each class")
         folders = sorted(path.name for path in self.root.iterdir() if path.is_dir() and path.name[0] != ".")

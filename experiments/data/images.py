@@ -1,7 +1,9 @@
 """Compressed images (PNG, JPEG, BMP ...) to float32 arrays."""
 
 import io
+import numbers
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,12 @@ _MODES = {1: "L", 3: "RGB"}
 
 def check_image_options(size: tuple[int, int] | None, channels: int) -> None:
     """Refuses a wrong `size` or `channels` when a loader is made, before the first image is read."""
-    if channels not in _MODES:
+    if channels not in tuple(_MODES):
         raise ValueError(f"channels is {channels}, expected 1 (grey) or 3 (colour)")
-    if size is not None and (len(size) != 2 or min(size) < 1):
-        raise ValueError(f"size is {size}, expected (height, width), both positive")
+    pair = isinstance(size, Sequence) and len(size) == 2
+    if size is not None and not (pair and all(isinstance(side, numbers.Integral) and side >= 1 for side in size)):
+        square = f"; for squares give size=({size}, {size})" if isinstance(size, numbers.Integral) else ""
+        raise ValueError(f"size is {size!r}, expected (height, width), both positive whole numbers{square}")
 
 
 def decode_image(content: bytes | Path, name: str, *, size: tuple[int, int] | None, channels: int) -> np.ndarray:

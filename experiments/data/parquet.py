@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.data.images import check_image_options, decode_image
-from experiments.data.sources import stack_records
+from experiments.data.sources import require_file, stack_records
 
 
 class ParquetRecords:
@@ -39,11 +39,12 @@ class ParquetRecords:
         cache_bytes: the most bytes of row groups to keep; one group is kept in any case.
 
     Attributes:
-        classes: the names of the classes, where the first file's description has them for the column of `label`.
+        classes: the names of the classes, where the first file's description has them for the column of `label`; empty
+            where there is no such description, or one that is not of the form that `datasets` writes.
         paths: the files.
 
     Raises:
-        FileNotFoundError: no file matches.
+        FileNotFoundError: no file matches, or one is a folder.
         ValueError: a file is not Parquet or is truncated, a column is missing, has a type not listed above or another
             type than in the first file, there are no rows, or `size` or `channels` is out of range. A null, a corrupt
             image and an integer beyond int32 raise when the row is read.
@@ -71,19 +72,15 @@ class ParquetRecords:
     ):
         check_image_options(size, channels)
         self.paths, self.size, self.channels = _expand(paths), size, channels
-        self._metadata = [_read_metadata(path) for path in self.paths]
-        first = self._metadata[0].schema.to_arrow_schema()
+        self._metadata, schemas, counts = zip(*map(_read_metadata, self.paths), strict=True)
+        first = schemas[0]
         self.columns = dict(columns or {name: name for name in first.names})
-        for path, metadata in zip(self.paths, self._metadata, strict=True):
-            _check_schema(path, metadata.schema.to_arrow_schema(), first, self.columns)
+        for path, schema in zip(self.paths, schemas, strict=True):
+            _check_schema(path, schema, first, self.columns)
         self.classes = _class_names(first, self.columns.get("label"))
-        groups = [
-            (file, group, metadata.row_group(group).num_rows)
-            for file, metadata in enumerate(self._metadata)
-            for group in range(metadata.num_row_groups)
-        ]
-        self._groups = [(file, group) for file, group, rows in groups if rows]
-        self._starts = [0, *itertools.accumulate(rows for _, _, rows in groups if rows)]
+        groups = [(file, group, rows) for file, count in enumerate(counts) for group, rows in enumerate(count) if rows]
+        self._groups = [(file, group) for file, group, _ in groups]
+        self._starts = [0, *itertools.accumulate(rows for _, _, rows in groups)]
         if len(self) == 0:
             raise ValueError(f"{', '.join(self.paths)}: no rows, expected at least one")
         self._cache_bytes = cache_bytes
@@ -109,8 +106,11 @@ class ParquetRecords:
         table, file = self._read_group(place), self.paths[self._groups[place][0]]
         record = {}
         for name, column in self.columns.items():
-            value = table[column][row].as_py()
             where = f"{file}: column '{column}', row {row} of row group {self._groups[place][1]}"
+            try:
+                value = table[column][row].as_py()
+            except ValueError as error:
+                raise ValueError(f"{where}: cannot be read, the file is corrupt ({error})") from error
             record[name] = self._convert(value, table.schema.field(column).type, where)
         return record
 
@@ -141,23 +141,25 @@ class ParquetRecords:
             if place in self._cache:
                 self._cache.move_to_end(place)
                 return self._cache[place]
-        table = self._open_group(*self._groups[place])
+        table = self._open_group(*self._groups[place], self._starts[place + 1] - self._starts[place])
         with self._lock:
             self._cache[place] = table
             while len(self._cache) > 1 and sum(kept.nbytes for kept in self._cache.values()) > self._cache_bytes:
                 self._cache.popitem(last=False)
         return table
 
-    def _open_group(self, file: int, group: int):
-        import pyarrow as pa
+    def _open_group(self, file: int, group: int, rows: int):
         import pyarrow.parquet as pq
 
         path = self.paths[file]
         try:
             with pq.ParquetFile(path, metadata=self._metadata[file]) as reader:
-                return reader.read_row_group(group, columns=list(dict.fromkeys(self.columns.values())))
-        except (pa.ArrowException, OSError) as error:
+                table = reader.read_row_group(group, columns=list(dict.fromkeys(self.columns.values())))
+        except _damage() as error:
             raise ValueError(f"{path}: row group {group} cannot be read, the file is corrupt ({error})") from error
+        if table.num_rows != rows:
+            raise ValueError(f"{path}: row group {group} has {table.num_rows} rows, expected {rows}: it is corrupt")
+        return table
 
 
 def _expand(paths) -> tuple[str, ...]:
@@ -171,16 +173,27 @@ def _expand(paths) -> tuple[str, ...]:
     return tuple(str(path) for path in paths)
 
 
-def _read_metadata(path: str):
+def _damage() -> tuple[type[Exception], ...]:
+    """What pyarrow raises for damaged files; names that are no text come as a UnicodeDecodeError, a ValueError."""
     import pyarrow as pa
+
+    return (pa.ArrowException, OSError, ValueError, IndexError, KeyError)
+
+
+def _read_metadata(path: str):
+    """Returns the metadata of a file, its Arrow schema, and the number of rows of each row group."""
     import pyarrow.parquet as pq
 
+    require_file(Path(path))
     try:
-        return pq.read_metadata(path)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
-    except (pa.ArrowException, OSError) as error:
+        metadata = pq.read_metadata(path)
+        schema = metadata.schema.to_arrow_schema()
+        rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        if min(rows, default=0) < 0:
+            raise ValueError(f"row groups of {rows} rows")
+    except _damage() as error:
         raise ValueError(f"{path}: not a Parquet file, or truncated ({error})") from error
+    return metadata, schema, rows
 
 
 def _is_image(type_) -> bool:
@@ -211,6 +224,8 @@ def _check_schema(path: str, schema, first, columns: Mapping[str, str]) -> None:
     for column in columns.values():
         if column not in schema.names:
             raise ValueError(f"{path}: has no column '{column}', only {', '.join(schema.names)}; choose with columns=")
+        if schema.names.count(column) > 1:
+            raise ValueError(f"{path}: has several columns '{column}', so none can be chosen by this name")
         type_ = schema.field(column).type
         if not _is_supported(type_):
             raise ValueError(
@@ -224,6 +239,11 @@ def _check_schema(path: str, schema, first, columns: Mapping[str, str]) -> None:
 
 
 def _class_names(schema, column: str | None) -> tuple[str, ...]:
-    description = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    feature = description.get("info", {}).get("features", {}).get(column, {})
-    return tuple(feature.get("names", ()) if isinstance(feature, dict) else ())
+    """Names are a convenience: a description that cannot be understood must not keep good data from being read."""
+    try:
+        found = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    except (ValueError, RecursionError):
+        return ()
+    for key in ("info", "features", column, "names"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return tuple(found) if isinstance(found, list) and all(isinstance(name, str) for name in found) else ()

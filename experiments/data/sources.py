@@ -6,6 +6,7 @@ also has `take(indices) -> {name: array with a leading axis}`, which `experiment
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -35,12 +36,12 @@ class ImageArrays:
 
     Args:
         images: uint8 or float32, shape (records, height, width, channels).
-        labels: integers, shape (records,).
+        labels: integers from 0 to 2**31 - 1, shape (records,).
         classes: names of the classes, label 0 first; empty when nobody named them.
         origin: where the arrays come from, for error messages.
 
     Raises:
-        ValueError: shapes or dtypes differ from these, or the counts of images and labels differ.
+        ValueError: shapes, dtypes or labels differ from these, or the counts of images and labels differ.
 
     Example:
         >>> source = ImageArrays(np.full((3, 2, 2, 1), 255, np.uint8), np.arange(3))
@@ -67,6 +68,7 @@ class ImageArrays:
                 f"{self.origin}: labels have shape {labels.shape} and dtype {labels.dtype}, "
                 "expected (records,) of integers"
             )
+        check_labels(labels, self.origin)
         if len(images) != len(labels):
             raise ValueError(f"{self.origin}: {len(images)} images but {len(labels)} labels, expected as many of each")
         if len(images) == 0:
@@ -83,6 +85,22 @@ class ImageArrays:
         if images.dtype == np.uint8:
             images = images.astype(np.float32) / np.float32(255)
         return {"image": images, "label": self.labels[indices].astype(np.int32)}
+
+
+def check_labels(labels: np.ndarray, origin: str) -> None:
+    """Raises a `ValueError` that names `origin` and the record if an integer label is negative or beyond int32."""
+    (wrong,) = np.nonzero((labels < 0) | (labels > np.iinfo(np.int32).max))
+    if wrong.size:
+        raise ValueError(
+            f"{origin}: record {wrong[0]} has label {labels[wrong[0]]}, expected 0 to 2**31 - 1; leave out records "
+            "without a label"
+        )
+
+
+def require_file(path: Path) -> None:
+    """Raises a `FileNotFoundError` that says whether a path is a folder or not there, if it is no file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: {'is a folder, expected a file' if path.is_dir() else 'no such file'}")
 
 
 def stack_records(records: Sequence[Mapping[str, np.ndarray]], origin: str = "records") -> dict[str, np.ndarray]:

@@ -76,6 +76,11 @@ def test_missing_files_and_wrong_names_are_refused(cifar10):
     (cifar10 / "batches.meta.txt").write_text("cat\ndog\n")
     with pytest.raises(ValueError, match=r"batches\.meta\.txt: names 2 classes, expected 10"):
         load_cifar10(cifar10)
+    (cifar10 / "batches.meta.txt").write_bytes("Flugzeug Lastwagen Kröte".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"batches\.meta\.txt: is no text, expected the names of the classes"):
+        load_cifar10(cifar10)
+    with pytest.raises(FileNotFoundError, match=f"{cifar10}: is a folder, expected a file"):
+        read_cifar([cifar10], label_classes=(10,))
     (cifar10 / "data_batch_4.bin").rename(cifar10 / "data_batch_4")
     with pytest.raises(FileNotFoundError, match=r"data_batch_4\.bin not there; expected .* binary version, not"):
         load_cifar10(cifar10)

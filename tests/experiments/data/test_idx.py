@@ -92,6 +92,8 @@ def test_folder_of_mnist(tmp_path, digits):
         (lambda content: b"\0\0\x0a" + content[3:], r"starts with bytes 00 00 0a 03, expected .*0x08, 0x09, 0x0b"),
         (lambda content: b"\0\0\x08\0" + content[4:], "a number of axes of at least 1"),
         (lambda content: content[:4] + b"\xff" * 12 + content[16:], "4294967295.* but there are only 60"),
+        (lambda content: b"\0\0\x08\x41" + b"\0\0\0\x01" * 65 + b"\0", r"which no array can have \(.*64"),
+        (lambda content: b"\0\0\x08\x04" + b"\0" * 4 + b"\xff" * 12, r"which no array can have \(.*too big"),
     ],
 )
 def test_broken_files_are_refused(tmp_path, digits, change, message, compress):
@@ -123,5 +125,10 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path, digits):
     fewer = write(tmp_path / "fewer", digits[1][:3])
     with pytest.raises(ValueError, match=r"images has 5 images but .*fewer has 3 labels"):
         load_idx(images, fewer)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such file"):
         load_idx(images, tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}: is a folder, expected a file"):
+        load_idx(tmp_path, labels)
+    missing = write(tmp_path / "missing", np.array([3, 0, -1, 1, 1], np.int32))
+    with pytest.raises(ValueError, match=r"missing: record 2 has label -1, expected 0 to 2\*\*31 - 1"):
+        load_idx(images, missing)

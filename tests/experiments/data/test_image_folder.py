@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -34,6 +36,10 @@ def test_order_labels_and_pixels(flowers):
         assert (record["image"].shape, record["image"].dtype) == ((4, 4, 1), np.float32)
         np.testing.assert_allclose(record["image"] * 255, value, atol=1.5)
         assert record["label"].dtype == np.int32
+
+
+def test_images_stay_as_they_are_without_a_size(flowers):
+    assert ImageFolder(flowers, size=None)[0]["image"].shape == (4, 6, 3)
 
 
 @pytest.mark.parametrize("threads", [0, 3])
@@ -88,5 +94,10 @@ def test_corrupt_and_vanished_images_are_named(flowers):
 def test_wrong_options_are_refused(flowers):
     with pytest.raises(ValueError, match=r"channels is 4, expected 1 \(grey\) or 3"):
         ImageFolder(flowers, size=(4, 4), channels=4)
-    with pytest.raises(ValueError, match=r"size is \(0, 4\), expected \(height, width\)"):
-        ImageFolder(flowers, size=(0, 4))
+    with pytest.raises(ValueError, match=r"channels is \[3\], expected 1"):
+        ImageFolder(flowers, size=(4, 4), channels=[3])
+    for size in ((0, 4), (4,), (4.0, 4), "32"):
+        with pytest.raises(ValueError, match=rf"size is {re.escape(repr(size))}, expected \(height, width\)"):
+            ImageFolder(flowers, size=size)
+    with pytest.raises(ValueError, match=r"size is 32, expected .*; for squares give size=\(32, 32\)"):
+        ImageFolder(flowers, size=32)

@@ -119,6 +119,8 @@ def test_files_that_are_not_there_or_not_parquet_are_refused(tmp_path):
         ParquetRecords([])
     with pytest.raises(FileNotFoundError, match=r"gone\.parquet: no such file"):
         ParquetRecords([tmp_path / "gone.parquet"])
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}: is a folder, expected a file"):
+        ParquetRecords([tmp_path])
     path = tmp_path / "data.parquet"
     pq.write_table(image_table(range(5)), path)
     content = path.read_bytes()
@@ -139,6 +141,63 @@ def test_damaged_row_groups_are_named(tmp_path):
     assert source[0]["label"] == 0
     with pytest.raises(ValueError, match=r"data\.parquet: row group 1 cannot be read, the file is corrupt"):
         source[2]
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        '{"info": null}',
+        '{"info": {"features": null}}',
+        '{"info": {"features": {"label": {"names": null}}}}',
+        '{"info": {"features": {"label": {"names": "cat"}}}}',
+        '{"info": {"features": {"label": {"names": [1, 2]}}}}',
+        '["info"]',
+        '{"info": ',
+        "[" * 100_000,
+        b"\xff\xfe\xfd",
+    ],
+)
+def test_a_description_that_cannot_be_understood_leaves_the_data_readable(tmp_path, description):
+    path = tmp_path / "data.parquet"
+    pq.write_table(pa.table({"label": [2, 0]}).replace_schema_metadata({"huggingface": description}), path)
+    source = ParquetRecords(path)
+    assert source.classes == ()
+    assert source[0]["label"] == 2
+
+
+def test_flipped_bits_are_found_or_leave_records(tmp_path):
+    path = tmp_path / "data.parquet"
+    table = image_table(range(4)).append_column("text", pa.array(["añ", "b", "cö", "é"]))
+    pq.write_table(table, path, row_group_size=2)
+    whole = path.read_bytes()
+    name = 8 * (whole.rindex(b"text") + 1) + 7  # makes the name of a column invalid UTF-8
+    messages = []
+    for place in [name, *np.random.default_rng(0).integers(0, 8 * len(whole), 60).tolist()]:
+        flipped = bytearray(whole)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        try:
+            source = ParquetRecords(path)
+            for index in range(len(source)):
+                source[index]
+        except ValueError as error:
+            messages.append(str(error))
+    assert len(messages) > 10
+    assert all(message.startswith(str(path)) for message in messages)
+
+
+def test_wrong_counts_and_names_in_the_footer_are_refused(tmp_path):
+    path = tmp_path / "data.parquet"
+    pq.write_table(image_table(range(4)), path)
+    source = ParquetRecords(path)
+    source._starts = [0, 5]
+    with pytest.raises(ValueError, match=r"data\.parquet: row group 0 has 4 rows, expected 5"):
+        source[4]
+    twice = pa.table([pa.array([1]), pa.array([2]), pa.array([3])], names=["label", "label", "other"])
+    pq.write_table(twice, path)
+    with pytest.raises(ValueError, match=r"data\.parquet: has several columns 'label'"):
+        ParquetRecords(path)
+    assert ParquetRecords(path, columns={"label": "other"})[0]["label"] == 3
 
 
 def test_wrong_columns_are_refused(shards, tmp_path):

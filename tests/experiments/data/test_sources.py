@@ -32,6 +32,8 @@ def test_a_batch_is_a_copy():
         (np.zeros((2, 3, 3, 1)), np.zeros(2, int), "dtype float64, expected"),
         (np.zeros((2, 3, 3, 1), np.uint8), np.zeros(2), "labels have shape .* dtype float64, expected"),
         (np.zeros((2, 3, 3, 1), np.uint8), np.zeros(3, int), "2 images but 3 labels"),
+        (np.zeros((2, 3, 3, 1), np.uint8), np.array([0, -1]), "here: record 1 has label -1, expected 0 to"),
+        (np.zeros((2, 3, 3, 1), np.uint8), np.array([2**31, 0]), "here: record 0 has label 2147483648, expected 0 to"),
         (np.zeros((0, 3, 3, 1), np.uint8), np.zeros(0, int), "no images"),
     ],
 )
