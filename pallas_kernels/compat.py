@@ -103,10 +103,10 @@ def vary_alike(tree: Any) -> Any:
     is then added by JAX. Elsewhere the arrays are returned as they are.
     """
     leaves = jax.tree.leaves(tree)
-    axes = set().union(*(_varying(x) for x in leaves))
+    axes = set().union(*(varying(x) for x in leaves))
 
     def mark(x):
-        missing = tuple(sorted(axes - _varying(x)))
+        missing = tuple(sorted(axes - varying(x)))
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(mark, tree) if axes else tree
@@ -114,12 +114,18 @@ def vary_alike(tree: Any) -> Any:
 
 def like_varying(shape: tuple[int, ...], dtype: Any, *arrays: Any) -> jax.ShapeDtypeStruct:
     """The type of a result that differs between devices wherever one of `arrays` does: for calls into native code."""
-    axes = frozenset().union(*(_varying(x) for x in arrays))
+    axes = frozenset().union(*(varying(x) for x in arrays))
     if not axes:
         return jax.ShapeDtypeStruct(shape, dtype)
-    kind = type(jax.typeof(arrays[0]).manual_axis_type)
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind(varying=axes))
+    seen = jax.typeof(arrays[0])
+    return jax.ShapeDtypeStruct(
+        shape,
+        dtype,
+        sharding=NamedSharding(seen.sharding.mesh, PartitionSpec()),
+        manual_axis_type=type(seen.manual_axis_type)(varying=axes),
+    )
 
 
-def _varying(x: Any) -> frozenset[str]:
+def varying(x: Any) -> frozenset[str]:
+    """The mesh axes of `jax.shard_map` on which an array differs between devices."""
     return frozenset(jax.typeof(x).manual_axis_type.varying)

@@ -1,9 +1,9 @@
 """C++ kernels behind jax.ffi, compiled at first use by the machine's own compiler.
 
-The library is kept in a cache folder under a name made of everything it depends on: source, compiler and its version,
-flags, the FFI headers of the installed jaxlib, and the CPU's features. It is built under a lock and renamed into
-place, so many processes may start at once. Nothing is built where no compiler is found; callers then have a reason to
-show.
+The library is kept in a cache folder under a name made of everything it depends on: source, `cpu.h`, compiler and its
+version, flags, the FFI headers of the installed jaxlib, and the CPU's features. It is built under a lock and renamed
+into place, so many processes may start at once. Nothing is built where no compiler is found; callers then have a reason
+to show.
 
 Environment variables:
     CXX: the compiler. Default: the first of g++, clang++ and c++ on the path.
@@ -96,12 +96,13 @@ def library_path(source: Path) -> tuple[Path, list[str]]:
     compiler = find_compiler()
     headers = Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api"
     digest = hashlib.sha256()
-    parts = [source.read_bytes(), *(x.read_bytes() for x in sorted(headers.glob("*.h")))]
+    shared = Path(__file__).with_name("cpu.h")
+    parts = [source.read_bytes(), shared.read_bytes(), *(x.read_bytes() for x in sorted(headers.glob("*.h")))]
     parts += [x.encode() for x in (*compiler, _version(tuple(compiler)), *FLAGS, cpu_features())]
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
     path = cache_folder() / f"{source.parent.name}-{source.stem}-{digest.hexdigest()[:24]}.so"
-    return path, [*compiler, *FLAGS, "-I", jax.ffi.include_dir(), str(source)]
+    return path, [*compiler, *FLAGS, "-I", jax.ffi.include_dir(), "-I", str(shared.parent), str(source)]
 
 
 @contextlib.contextmanager
@@ -121,7 +122,7 @@ def build(source: Path) -> Path:
     """Compiles `source` unless the cache has it.
 
     Args:
-        source: a C++ file; it may include the FFI headers of jaxlib and nothing else that changes.
+        source: a C++ file; it may include the FFI headers of jaxlib, `cpu.h`, and nothing else that changes.
 
     Returns:
         The path of the shared library.

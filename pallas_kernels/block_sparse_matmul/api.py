@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from pallas_kernels import choice as choices
 from pallas_kernels import compat
@@ -20,11 +21,12 @@ from pallas_kernels.block_sparse_matmul.lists import BlockLists, sizes_of
 from pallas_kernels.block_sparse_matmul.probe import POOLINGS, attach_probe
 from pallas_kernels.block_sparse_matmul.shapes import Sizes
 from pallas_kernels.choice import Choice
+from pallas_kernels.mapping import axis_size, explicit_spec, one_after_the_other, over_mesh, split_columns
 
 Array = Any
 
 IMPLEMENTATIONS = ("reference", "xla", "native", "tpu", "gpu")
-_PREFERENCE = {"cpu": ("xla",), "tpu": ("tpu", "xla"), "gpu": ("gpu", "xla")}
+_PREFERENCE = {"cpu": ("native", "xla"), "tpu": ("tpu", "xla"), "gpu": ("gpu", "xla")}
 
 
 @functools.cache
@@ -52,18 +54,6 @@ def _choose(implementation: str | None, platform: str, *call: Any) -> Choice:
     return choices.choose("block_sparse_matmul", names, platform, lambda name: _module(name).supports(*call))
 
 
-def _mapped(function, axis_size: int, batched: tuple, arguments: tuple) -> Any:
-    """Calls `function` for one element of the mapped arguments after the other."""
-    flat, tree = jax.tree.flatten(arguments)
-    moving = jax.tree.leaves(batched)
-    swap = lambda some: tree.unflatten(  # noqa: E731
-        [next(some) if m else leaf for m, leaf in zip(moving, flat, strict=True)]
-    )
-    some = [leaf for m, leaf in zip(moving, flat, strict=True) if m]
-    out = jax.lax.map(lambda parts: function(*swap(iter(parts))), some)
-    return out, jax.tree.map(lambda _: True, out)
-
-
 @functools.cache
 def _forward_of(name: str, sizes: Sizes):
     """The forward pass of a path; mapping over x alone makes its rows more, since the matrix is the same for all."""
@@ -75,7 +65,7 @@ def _forward_of(name: str, sizes: Sizes):
     @forward.def_vmap
     def rule(axis_size, batched, x, values, lists):
         if any(jax.tree.leaves(batched[1:])):
-            return _mapped(forward, axis_size, tuple(batched), (x, values, lists))
+            return one_after_the_other(forward, tuple(batched), (x, values, lists))
         y = forward(x.reshape(-1, sizes.inputs), values, lists)
         return y.reshape(*x.shape[:2], sizes.outputs), True
 
@@ -90,7 +80,7 @@ def _backward_of(name: str, sizes: Sizes):
 
     @backward.def_vmap
     def rule(axis_size, batched, *arguments):
-        return _mapped(backward, axis_size, tuple(batched), arguments)
+        return one_after_the_other(backward, tuple(batched), arguments)
 
     return backward
 
@@ -138,8 +128,8 @@ def block_sparse_matmul(
         implementation: None takes the fastest that supports the call (`explain` tells which and why); "reference",
             "xla", "native" (CPU), "tpu" or "gpu" works or raises.
         probe: zeros [Kb, Nb], or None. Its cotangent is the size of each block of the dense gradient x^T dy, stored or
-            not, computed one block row at a time and never as a whole: what growing criteria such as RigL's need. Sums
-            over `jax.vmap` or devices add up sizes, not gradients.
+            not, computed one block row at a time and never as a whole: what growing criteria such as RigL's need. Rows
+            on several devices are summed before they are measured; what `jax.vmap` maps over is not.
         probe_when: traced bool; sizes are computed only where it is true, else the cotangent is zero. None: always.
         probe_pooling: "l2" (Frobenius norm), "mean" or "max" of absolute values.
 
@@ -171,11 +161,18 @@ def block_sparse_matmul(
         )
     if probe is None and probe_when is not None:
         raise ValueError("probe_when is given without probe; give both, or none")
+    probe_when = None if probe_when is None else jnp.asarray(probe_when)
+    settings = {"implementation": implementation, "probe_pooling": probe_pooling}
+    if any(entry for a in (x, values) for entry in explicit_spec(a)):
+        return _over_mesh(sizes, settings, x, values, lists, probe, probe_when)
     lead, platform = x.shape[:-1], choices.platform_of(x, values)
     flat = x.astype(dtype).reshape(math.prod(lead), sizes.inputs)
     values = values.astype(dtype)
     name = choices.settled(_choose(implementation, platform, flat, values, lists, sizes))
-    flat, values, lists, probe = compat.vary_alike((flat, values, lists, probe))
+    summed = compat.varying(flat) - compat.varying(lists.rows)
+    if probe is not None:
+        probe = compat.vary_alike((probe, lists))[0]
+    flat, values, lists = compat.vary_alike((flat, values, lists))
     if not flat.shape[0]:
         y = flat @ jnp.zeros(shape, dtype)
     elif name == "reference":
@@ -183,9 +180,26 @@ def block_sparse_matmul(
     else:
         y = _multiply(name, sizes, flat, values, lists)
     if probe is not None:
-        when = jnp.asarray(True if probe_when is None else probe_when)
-        y = attach_probe(sizes, probe_pooling, y, jax.lax.stop_gradient(flat), probe, when)
+        when = jnp.asarray(True) if probe_when is None else probe_when
+        still = jax.lax.stop_gradient(flat)
+        y = attach_probe(sizes, probe_pooling, tuple(sorted(summed)), y, still, probe, when)
     return y.reshape(*lead, sizes.outputs)
+
+
+def _over_mesh(sizes, settings, x, values, lists, probe, probe_when):
+    """The product on explicitly sharded arrays: rows stay where they are, groups too where all parts are alike."""
+    lead = explicit_spec(x)[:-1]
+    groups = split_columns(lead, explicit_spec(values)[0])
+    if sizes.columns * sizes.bn != sizes.outputs:
+        groups = None
+    shape = (sizes.inputs, sizes.outputs // axis_size(groups, values))
+    whole, row = PartitionSpec(), PartitionSpec(groups)
+
+    def local(x, values, lists, probe, probe_when):
+        return block_sparse_matmul(x, values, lists, shape=shape, probe=probe, probe_when=probe_when, **settings)
+
+    specs = (PartitionSpec(*lead), row, row, PartitionSpec(None, groups), whole)
+    return over_mesh(local, (x, values, lists, probe, probe_when), specs, PartitionSpec(*lead, groups))
 
 
 def explain(

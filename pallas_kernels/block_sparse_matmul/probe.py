@@ -13,7 +13,7 @@ Array = Any
 POOLINGS = ("l2", "mean", "max")
 
 
-def block_gradient_sizes(x: Array, dy: Array, sizes: Sizes, pooling: str) -> Array:
+def block_gradient_sizes(x: Array, dy: Array, sizes: Sizes, pooling: str, summed: tuple[str, ...] = ()) -> Array:
     """Size of every block of x^T dy, computed one block row at a time: never more than [bk, N] in memory.
 
     Args:
@@ -21,6 +21,7 @@ def block_gradient_sizes(x: Array, dy: Array, sizes: Sizes, pooling: str) -> Arr
         dy: [M, N].
         sizes: gives the blocks.
         pooling: "l2" (Frobenius norm), "mean" or "max" of absolute values; elements past the edge do not count.
+        summed: inside `jax.shard_map`, the mesh axes that hold further rows of x and dy.
 
     Returns:
         [Kb, Nb], float32 (float64 for float64).
@@ -33,6 +34,7 @@ def block_gradient_sizes(x: Array, dy: Array, sizes: Sizes, pooling: str) -> Arr
     def row(i):
         part = jax.lax.dynamic_slice_in_dim(x, i * bk, bk, axis=1)
         g = jax.lax.dot_general(part, dy, (((0,), (0,)), ((), ())), preferred_element_type=wide)
+        g = jax.lax.psum(g, summed) if summed else g
         g = jnp.pad(g, ((0, 0), (0, pad))).reshape(bk, sizes.columns, bn)
         if pooling == "l2":
             return jnp.sqrt((g * g).sum((0, 2)))
@@ -47,32 +49,41 @@ def block_gradient_sizes(x: Array, dy: Array, sizes: Sizes, pooling: str) -> Arr
     return grid
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def attach_probe(sizes: Sizes, pooling: str, y: Array, x: Array, probe: Array, when: Array) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def attach_probe(
+    sizes: Sizes, pooling: str, summed: tuple[str, ...], y: Array, x: Array, probe: Array, when: Array
+) -> Array:
     """y unchanged; the cotangent of `probe` becomes the sizes of the blocks of x^T dy where `when` is true, else zeros.
 
     Args:
         sizes: gives the blocks.
         pooling: see `block_gradient_sizes`.
+        summed: likewise.
         y: [M, N].
         x: [M, K]; no gradient arrives here from this function.
         probe: [Kb, Nb].
         when: bool [].
     """
-    del sizes, pooling, x, probe, when
+    del sizes, pooling, summed, x, probe, when
     return y
 
 
-def _forward(sizes, pooling, y, x, probe, when):
-    del sizes, pooling
+def _forward(sizes, pooling, summed, y, x, probe, when):
+    del sizes, pooling, summed
     # Of the probe its type is enough.
-    return y, (x, jnp.zeros((0,), probe.dtype), when)
+    return y, (x, probe[:0, :0], when)
 
 
-def _backward(sizes, pooling, saved, dy):
+def _backward(sizes, pooling, summed, saved, dy):
     x, like, when = saved
-    measured = lambda x, dy: block_gradient_sizes(x, dy, sizes, pooling).astype(like.dtype)  # noqa: E731
-    nothing = lambda x, dy: jnp.zeros((sizes.rows, sizes.columns), like.dtype)  # noqa: E731
+
+    def measured(x, dy):
+        return block_gradient_sizes(x, dy, sizes, pooling, summed).astype(like.dtype)
+
+    def nothing(x, dy):
+        # Padding keeps the kind of `like`: on which mesh axes it differs between devices.
+        return jnp.pad(like, ((0, sizes.rows), (0, sizes.columns)))
+
     return dy, None, jax.lax.cond(when, measured, nothing, x, dy), None
 
 

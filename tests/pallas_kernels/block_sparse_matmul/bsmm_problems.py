@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 from pallas_kernels.block_sparse_matmul import block_lists, block_sparse_matmul
+
+COMPILER = any(map(shutil.which, ("g++", "clang++", "c++")))
 
 
 @dataclasses.dataclass(frozen=True)
