@@ -27,6 +27,12 @@ from sparsejax.masks.rules import equinox_rules as equinox_rules
 from sparsejax.masks.rules import flax_rules as flax_rules
 from sparsejax.masks.select import select_top as select_top
 from sparsejax.masks.unstructured import Unstructured as Unstructured
+from sparsejax.parameters.block_sparse import BlockSparse as BlockSparse
+from sparsejax.parameters.convert import to_dense as to_dense
+from sparsejax.parameters.convert import to_sparse as to_sparse
+from sparsejax.parameters.gradients import apply_updates as apply_updates
+from sparsejax.parameters.gradients import value_and_grad as value_and_grad
+from sparsejax.parameters.nm_sparse import NMSparse as NMSparse
 from sparsejax.topology import scores as scores
 from sparsejax.topology.algorithm import Algorithm as Algorithm
 from sparsejax.topology.algorithm import Memory as Memory
