@@ -17,6 +17,8 @@ from sparsejax.masks.packing import pack_mask, unpack_mask
 from sparsejax.masks.paths import map_with_names, named_leaves
 
 _METADATA = "sparsejax"
+_METADATA_CHECKSUM = "sparsejax_crc32"
+_VERSION = 2
 _MASK_SUFFIX = "/mask_bits"
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
@@ -31,7 +33,8 @@ def save_safetensors(path: str | os.PathLike, params, *, masks=None) -> None:
     """Writes a finalized model's parameters into a safetensors file that any reader of the format can open.
 
     Tensors are named like `blocks/0/kernel` and keep their dtypes, bfloat16 too. The metadata entry `"sparsejax"`
-    holds, as JSON, the number of non-zeros and a checksum of each. The file appears whole or not at all.
+    holds, as JSON, the number of non-zeros of each and a checksum of its name, dtype, shape and bytes; the metadata has
+    a checksum of its own. The file appears whole or not at all.
 
     Args:
         path: where to write; an existing file is replaced.
@@ -71,16 +74,18 @@ def save_safetensors(path: str | os.PathLike, params, *, masks=None) -> None:
         bits[name + _MASK_SUFFIX] = np.asarray(pack_mask(mask), order="C")
     tensors |= bits
     described = {
-        "version": 1,
+        "version": _VERSION,
         "nnz": nnz,
         "masks": {name: list(mask.shape) for name, mask in named_leaves(masks)},
-        "crc32": {name: _checksum(tensor) for name, tensor in tensors.items()},
+        "crc32": {name: _checksum(name, tensor) for name, tensor in tensors.items()},
     }
+    metadata = {"format": "np", _METADATA: json.dumps(described)}
+    metadata[_METADATA_CHECKSUM] = _metadata_checksum(metadata)
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
-        safetensors.save_file(tensors, temporary, metadata={"format": "np", _METADATA: json.dumps(described)})
+        safetensors.save_file(tensors, temporary, metadata=metadata)
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
@@ -128,13 +133,15 @@ def load_safetensors_masks(path: str | os.PathLike, like):
 
     Args:
         path: the file.
-        like: the parameter tree, or one of its structure.
+        like: the parameter tree, or one of its structure and shapes.
 
     Returns:
         A tree like `like` of bool masks, `optax.MaskedNode()` where none is stored.
 
     Raises:
-        ImportError, ValueError: as `load_safetensors`; also where the file has no masks.
+        ImportError: safetensors is not installed.
+        ValueError: the file is truncated, damaged, not of `save_safetensors`, or has no masks; a mask is of no leaf of
+            `like`, or has another shape than its leaf. The message names the leaf.
     """
     tensors, described = _read(path)
     shapes = described["masks"]
@@ -147,7 +154,10 @@ def load_safetensors_masks(path: str | os.PathLike, like):
     def unpack(name, leaf):
         if name not in shapes:
             return optax.MaskedNode()
-        return unpack_mask(jnp.asarray(tensors[name + _MASK_SUFFIX]), tuple(shapes[name]))
+        shape, expected = tuple(shapes[name]), _spec(leaf).shape
+        if shape != expected:
+            raise ValueError(f"{path}: the mask of {name} has shape {shape} in the file, but the leaf has {expected}")
+        return unpack_mask(jnp.asarray(tensors[name + _MASK_SUFFIX]), shape)
 
     return map_with_names(unpack, like)
 
@@ -187,18 +197,24 @@ def load_stablehlo(data: bytes) -> Callable:
     """Makes a function of what `export_stablehlo` wrote.
 
     Args:
-        data: the artifact's bytes.
+        data: the artifact's bytes; of a file, what `Path(file).read_bytes()` gives.
 
     Returns:
         `function(inputs) -> outputs`; it can be called under `jax.jit`, on the platforms it was exported for.
 
     Raises:
         ImportError: flatbuffers is not installed.
+        TypeError: `data` is no bytes, such as the name of a file.
         ValueError: the data is truncated, damaged, or not of `export_stablehlo`.
     """
     _extra("flatbuffers", "flatbuffers", "reading StableHLO")
     from jax import export
 
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise TypeError(
+            f"load_stablehlo takes the bytes that export_stablehlo returned, got {type(data).__name__} {data!r:.80}; "
+            "of a file, give Path(file).read_bytes()"
+        )
     data = bytes(data)
     body, checksum = data[: -len(_SEAL) - 4], data[-len(_SEAL) - 4 : -len(_SEAL)]
     if not data.endswith(_SEAL):
@@ -247,23 +263,38 @@ def _read(path):
         raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
     if _METADATA not in metadata:
         raise ValueError(f"{path} was not written by save_safetensors: its metadata has no entry {_METADATA!r}")
+    seal = metadata.pop(_METADATA_CHECKSUM, None)
+    if seal != _metadata_checksum(metadata):
+        raise ValueError(f"{path}: the metadata is damaged, its checksum does not match; take another copy of the file")
     described = json.loads(metadata[_METADATA])
-    tensors = {
-        name: np.frombuffer(value["data"], jnp.dtype(_DTYPES[value["dtype"]])).reshape(value["shape"])
-        for name, value in stored
-    }
-    for name, tensor in tensors.items():
-        if described["crc32"].get(name) != _checksum(tensor):
-            raise ValueError(f"{path}: {name} is damaged, its checksum does not match; take another copy of the file")
+    if described["version"] != _VERSION:
+        raise ValueError(f"{path} has version {described['version']} of the format, this sparsejax reads {_VERSION}")
+    tensors = {name: _tensor(path, name, value, described["crc32"].get(name)) for name, value in stored}
+    lost = sorted(described["crc32"].keys() - tensors)
+    if lost:
+        raise ValueError(f"{path} is damaged: the metadata lists {lost}, which the file lacks; take another copy of it")
     return tensors, described
+
+
+def _tensor(path, name: str, value: dict, checksum: int | None) -> np.ndarray:
+    if value["dtype"] in _DTYPES:
+        tensor = np.frombuffer(value["data"], jnp.dtype(_DTYPES[value["dtype"]])).reshape(value["shape"])
+        if _checksum(name, tensor) == checksum:
+            return tensor
+    raise ValueError(f"{path}: {name} is damaged, its checksum does not match; take another copy of the file")
 
 
 def _is_mask_of(name: str, described: dict) -> bool:
     return name.endswith(_MASK_SUFFIX) and name.removesuffix(_MASK_SUFFIX) in described["masks"]
 
 
-def _checksum(tensor: np.ndarray) -> int:
-    return zlib.crc32(tensor.reshape(-1).view(np.uint8))
+def _checksum(name: str, tensor: np.ndarray) -> int:
+    kind = f"{name} {tensor.dtype} {list(tensor.shape)}"
+    return zlib.crc32(tensor.reshape(-1).view(np.uint8), zlib.crc32(kind.encode()))
+
+
+def _metadata_checksum(metadata: dict[str, str]) -> str:
+    return f"{zlib.crc32(json.dumps(metadata, sort_keys=True).encode()):08x}"
 
 
 def _umask() -> int:

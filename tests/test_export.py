@@ -1,7 +1,9 @@
 """What is written is read back bit for bit, in files that others can read; damage and leaks are refused."""
 
+import itertools
 import json
 import sys
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +116,14 @@ def test_wrong_likeness_is_refused(tmp_path):
         load_safetensors_masks(tmp_path / "x", {"w": jnp.ones((2, 3))})
 
 
+def test_masks_of_another_shape_are_refused(tmp_path):
+    params = {"layer": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
+    save_safetensors(tmp_path / "x", params, masks={"layer": {"kernel": jnp.ones((2, 2), bool)}})
+    like = {"layer": {"kernel": jax.ShapeDtypeStruct((7, 9), jnp.float32), "bias": jnp.ones(2)}}
+    with pytest.raises(ValueError, match=r"x: the mask of layer/kernel has shape \(2, 2\) .* the leaf has \(7, 9\)"):
+        load_safetensors_masks(tmp_path / "x", like)
+
+
 def test_damaged_files_are_refused(tmp_path):
     params = {"w": jnp.arange(64.0)}
     file = tmp_path / "x"
@@ -130,6 +140,46 @@ def test_damaged_files_are_refused(tmp_path):
         load_safetensors(file, params)
     with pytest.raises(FileNotFoundError, match="absent"):
         load_safetensors(tmp_path / "absent", params)
+
+
+def test_every_flipped_bit_is_found(tmp_path):
+    params = {"w": jnp.array([[1.0, 0.0], [0.0, 2.0]], jnp.bfloat16)}
+    file = tmp_path / "x"
+    save_safetensors(file, params, masks={"w": params["w"] != 0})
+    whole = file.read_bytes()
+    with file.open("r+b", buffering=0) as damaged:
+        for place, bit in itertools.product(range(len(whole)), range(8)):
+            damaged.seek(place)
+            damaged.write(bytes([whole[place] ^ 1 << bit]))
+            for load in (load_safetensors, load_safetensors_masks):
+                with pytest.raises(ValueError, match=str(file)):
+                    load(file, params)
+            damaged.seek(place)
+            damaged.write(whole[place : place + 1])
+    assert_same_bits(load_safetensors(file, params), params)
+
+
+def test_other_versions_and_lost_tensors_are_refused(tmp_path):
+    from safetensors import safe_open
+    from safetensors.numpy import load_file, save_file
+
+    file = tmp_path / "x"
+    params = {"w": jnp.ones(3), "v": jnp.ones(2)}
+    save_safetensors(file, params)
+    with safe_open(file, framework="numpy") as reader:
+        metadata = reader.metadata()
+    save_file({"v": load_file(file)["v"]}, file, metadata=metadata)
+    with pytest.raises(ValueError, match=r"the metadata lists \['w'\], which the file lacks"):
+        load_safetensors(file, params)
+    metadata["sparsejax"] = metadata["sparsejax"].replace('"version": 2', '"version": 1')
+    save_file({"v": np.ones(2)}, file, metadata=metadata)
+    with pytest.raises(ValueError, match="the metadata is damaged"):
+        load_safetensors(file, params)
+    resealed = {name: text for name, text in metadata.items() if name != "sparsejax_crc32"}
+    checksum = zlib.crc32(json.dumps(resealed, sort_keys=True).encode())
+    save_file({"v": np.ones(2)}, file, metadata=resealed | {"sparsejax_crc32": f"{checksum:08x}"})
+    with pytest.raises(ValueError, match="has version 1 of the format, this sparsejax reads 2"):
+        load_safetensors(file, params)
 
 
 def test_a_foreign_file_is_refused(tmp_path):
@@ -181,6 +231,12 @@ def test_damaged_artifacts_are_refused():
     flipped[len(artifact) // 2] ^= 1
     with pytest.raises(ValueError, match="checksum does not match"):
         load_stablehlo(flipped)
+
+
+@pytest.mark.parametrize("data", ["model.stablehlo", None, 7])
+def test_what_is_no_artifact_is_refused(data):
+    with pytest.raises(TypeError, match=rf"takes the bytes .* got {type(data).__name__} .*read_bytes\(\)"):
+        load_stablehlo(data)
 
 
 def test_missing_packages_are_named(monkeypatch, tmp_path):
