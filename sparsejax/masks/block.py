@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import numbers
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -30,6 +32,7 @@ class Block:
             groups: a mesh axis that divides the groups holds the same number of blocks on every device.
 
     Raises:
+        TypeError: `shape` is no sequence of whole numbers, or `groups` is no whole number.
         ValueError: `shape` is not two positive numbers, `pooling` is none of the three, or `groups` is below 1.
 
     Example:
@@ -46,6 +49,10 @@ class Block:
     fixed_density = None
 
     def __post_init__(self):
+        if not isinstance(self.shape, Sequence) or not all(isinstance(side, numbers.Integral) for side in self.shape):
+            raise TypeError(f"Block(shape={self.shape!r}): give two whole numbers, rows and columns, as Block((4, 4))")
+        if not isinstance(self.groups, numbers.Integral):
+            raise TypeError(f"Block(groups={self.groups!r}): give a whole number")
         object.__setattr__(self, "shape", tuple(self.shape))
         if len(self.shape) != 2 or min(self.shape) < 1:
             raise ValueError(f"Block(shape=...) is two positive numbers, rows and columns, got {self.shape}")

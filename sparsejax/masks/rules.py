@@ -66,12 +66,20 @@ class Rules:
         Args:
             rules: a mapping (or a sequence of pairs) from globs to `None` (leave dense), a sparsity, a structure,
                 `Roles` (or a function from the number of axes to roles, such as `convolution_roles`) or a `Rule`.
+
+        Raises:
+            TypeError: a glob is no text, or a class is given where one made of it is meant.
+            ValueError: a value is none of these.
         """
         pairs = rules.items() if isinstance(rules, Mapping) else rules
         return Rules(self.entries + tuple((glob, _as_rule(glob, value)) for glob, value in pairs))
 
 
 def _as_rule(glob: str, value) -> Rule:
+    if not isinstance(glob, str):
+        raise TypeError(f"rules has the key {glob!r}, expected a glob over names of leaves, such as 'head/*'")
+    if isinstance(value, type):
+        raise TypeError(f"rules[{glob!r}] is the class {value.__name__}, expected one made of it, such as NM(2, 4)")
     if value is None:
         return Rule(dense=True, named=True)
     if isinstance(value, Rule):

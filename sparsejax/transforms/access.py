@@ -36,6 +36,15 @@ def sparsify_states(opt_state) -> list[SparsifyState]:
     return states
 
 
+def _require_one_seed(states: list[SparsifyState]) -> None:
+    for state in states:
+        if jnp.ndim(state.mask_step):
+            raise ValueError(
+                f"this optimizer state holds {jnp.size(state.mask_step)} runs side by side, as jax.vmap makes them; "
+                "index one seed first: params, opt_state = jax.tree.map(lambda x: x[0], (params, opt_state))"
+            )
+
+
 def masks_of(opt_state):
     """The masks in an optimizer state.
 
@@ -152,10 +161,12 @@ def check(params, opt_state) -> Health:
 
     Raises:
         ValueError: naming the leaf, where a weight off the mask is not exactly zero, where a parameter is not finite,
-            or where a mask no longer has the count that it was given; and where leaks were counted during training.
+            or where a mask no longer has the count that it was given; where leaks were counted during training; and
+            where the state holds several seeds under `jax.vmap`.
     """
     leaves = dict(named_leaves(nnx.as_pure(params), is_stored))
     states = sparsify_states(opt_state)
+    _require_one_seed(states)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(leaves)):
         raise ValueError("check looks at values; call it outside of jit")
     for path, p in leaves.items():
@@ -230,7 +241,11 @@ def summary(params, opt_state, *, flops=None) -> Summary:
 
     Returns:
         A `Summary`; print it.
+
+    Raises:
+        ValueError: there is no `sparsify` in the state, or it holds several seeds under `jax.vmap`.
     """
+    _require_one_seed(sparsify_states(opt_state))
     masks = masks_of(opt_state)
     targets = {}
     for state in sparsify_states(opt_state):

@@ -1,4 +1,5 @@
 import itertools
+import re
 
 import hypothesis
 import hypothesis.strategies as st
@@ -111,6 +112,14 @@ def test_blocks_given_as_lists_are_values():
 def test_errors(message, call):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("shape", [4, None, (4.0, 4), ("4", 4), "44"])
+def test_a_shape_that_is_no_pair_of_whole_numbers_is_refused(shape):
+    with pytest.raises(TypeError, match=rf"Block\(shape={re.escape(repr(shape))}\): give two whole numbers"):
+        Block(shape)
+    with pytest.raises(TypeError, match=r"Block\(groups=1\.5\): give a whole number"):
+        Block((4, 4), groups=1.5)
 
 
 def test_itertools_of_leading_axes_compete():

@@ -111,6 +111,19 @@ def test_a_rule_that_means_nothing_is_an_error(value):
         resolve(tree(), {"head/kernel": value}, DENSE)
 
 
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"head/kernel": sparsejax.NM}, r"rules\['head/kernel'\] is the class NM, .* such as NM\(2, 4\)"),
+        ({"head/kernel": Roles}, r"rules\['head/kernel'\] is the class Roles"),
+        ({3: None}, "rules has the key 3, expected a glob"),
+    ],
+)
+def test_classes_and_keys_that_are_no_globs_are_refused(rules, message):
+    with pytest.raises(TypeError, match=message):
+        resolve(tree(), rules, DENSE)
+
+
 def test_leaves_that_cannot_be_sparse_are_left_alone():
     params = {
         "count": jnp.ones((3, 3), int),

@@ -16,7 +16,7 @@ from sparsejax.masks.rules import equinox_rules
 from sparsejax.topology.dynamic import rigl
 from sparsejax.topology.latent import sr_ste
 from sparsejax.topology.magnitude import gradual
-from sparsejax.transforms.access import check, mask_params, masks_of, summary
+from sparsejax.transforms.access import check, finalize, mask_params, masks_of, summary
 from sparsejax.transforms.sparsify import sparsify
 from tests.problems import (
     NNXMLP,
@@ -157,6 +157,16 @@ def test_equinox(name, peer):
     if name == "sr_ste":  # groups run along the inputs, which equinox has last
         mask = masks_of(state).layers[0].weight
         assert bool((mask.reshape(16, 4, 4).sum(-1) == 2).all())
+
+
+@pytest.mark.parametrize("look", [summary, check, finalize])
+def test_states_of_several_seeds_are_read_one_at_a_time(look):
+    optimizer = sparsify(optax.sgd(0.1), rigl(0.5))
+    params = {"kernel": jnp.ones((3, 4, 4))}
+    states = jax.vmap(optimizer.init)(params)
+    with pytest.raises(ValueError, match=r"holds 3 runs side by side.*index one seed first: .*lambda x: x\[0\]"):
+        look(params, states)
+    look(*jax.tree.map(lambda x: x[0], (params, states)))
 
 
 def test_starting_sparse_takes_one_optional_line():
