@@ -79,12 +79,16 @@ def test_bfloat16_is_as_close_as_its_precision_allows():
 
 
 @pytest.mark.parametrize(
-    "problem",
-    [Problem(heads=1, kv_heads=1, kv_len=200), Problem(kv_heads=1, bk=256, rule="segments", extras=("block_bias",))],
-    ids=["causal", "group with block bias"],
+    ("problem", "fused"),
+    [
+        (Problem(heads=1, kv_heads=1, kv_len=200), False),
+        (Problem(kv_heads=1, bk=256, rule="segments", extras=("block_bias",)), False),
+        (Problem(kv_heads=1, rule="none"), True),
+    ],
+    ids=["causal", "group with block bias", "fused backward"],
 )
-def test_no_races(problem):
-    got = computed(problem, pltpu.InterpretParams(detect_races=True))
+def test_no_races(problem, fused):
+    got = computed(problem, pltpu.InterpretParams(detect_races=True), fused)
     jax.block_until_ready(got)
     assert not compat.tpu_races_found()
     assert_close(got, expected(problem), 2e-5)
