@@ -1,5 +1,6 @@
 """A linear layer whose weight is stored sparse."""
 
+import functools
 import math
 
 import jax
@@ -98,13 +99,21 @@ def apply_weight(weight, inputs, bias, dtype, implementation, in_axes: int = 1) 
 def random_weight(key: jax.Array, array: jax.Array, roles: Roles, structure: Block | NM, sparsity: float):
     """Stores what a random pattern keeps of an array."""
     leaf = LeafPlan("kernel", array.shape, roles, structure, None, "sparse")
-    scores = jax.random.uniform(key, roles.matrix_shape(array.shape))
-    structure.check(scores.shape, "kernel")
+    matrix = roles.matrix_shape(array.shape)
+    structure.check(matrix, "kernel")
     if isinstance(structure, NM):
-        return store_nm(array, roles.from_matrix(structure.mask(scores), array.shape), leaf)
-    grid = structure.grid(scores.shape)
-    kept = structure.choose(jax.random.uniform(key, grid), keep_count(math.prod(grid), sparsity))
-    return store_blocks(array, kept, leaf)
+        mask = structure.mask(jax.random.uniform(key, matrix))
+        return store_nm(array, roles.from_matrix(mask, array.shape), leaf)
+    count = max(1, keep_count(math.prod(structure.grid(matrix)), sparsity))
+    return _random_blocks(key, array, leaf, count)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _random_blocks(key, array, leaf: LeafPlan, count: int):
+    structure = leaf.structure
+    scores = jax.random.uniform(key, structure.grid(leaf.roles.matrix_shape(leaf.shape)))
+    slots = -(-count // structure.groups)
+    return store_blocks(array, structure.choose(scores, count), leaf, slots=slots)
 
 
 def _axes(features) -> tuple[int, ...]:

@@ -139,7 +139,7 @@ class BlockSparse:
 
     def mask(self) -> jax.Array:
         """Which blocks are kept: bool [..., rows of blocks, columns of blocks]."""
-        return self.to_grid(self.active, False)
+        return _mask(self)
 
     def to_grid(self, slots: jax.Array, absent) -> jax.Array:
         """Puts one entry for each slot, [..., groups, slots], where its block lies in the grid; `absent` elsewhere."""
@@ -225,7 +225,7 @@ class BlockSparse:
 
     def to_dense(self) -> jax.Array:
         """The array of `shape`, zero where no block is stored."""
-        return self.over_layers(self._layer_to_dense)(self.values, self.lists.rows, self.lists.cols)
+        return _to_dense(self)
 
     def _layer_to_dense(self, values, rows, columns):
         (bk, bn), (grid_rows, grid_columns) = self.structure.shape, self.grid
@@ -261,3 +261,13 @@ class BlockSparse:
         if isinstance(self.lists.rows, jax.core.Tracer) or not isinstance(self.lists.rows, jax.Array):
             return f"room for {math.prod(self.batch) * self.capacity}"
         return str(int(jnp.sum(self.active)))
+
+
+@jax.jit
+def _mask(weight: BlockSparse) -> jax.Array:
+    return weight.to_grid(weight.active, False)
+
+
+@jax.jit
+def _to_dense(weight: BlockSparse) -> jax.Array:
+    return weight.over_layers(weight._layer_to_dense)(weight.values, weight.lists.rows, weight.lists.cols)

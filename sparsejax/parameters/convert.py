@@ -1,5 +1,7 @@
 """From dense parameters and masks to stored ones, and back."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -86,8 +88,14 @@ def _store(array, mask, leaf: LeafPlan, capacity):
     slots = None if capacity is None else slots_for(structure, grid[-2:], capacity)
     if mask.shape == leaf.shape:
         array = jnp.where(mask, array, jnp.zeros_like(array))
-        mask = structure.pool(leaf.roles.to_matrix(mask).astype(jnp.float32)) > 0
+        mask = _grid(mask, structure, leaf.roles)
     return store_blocks(array, mask, leaf, slots=slots)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _grid(mask, structure, roles):
+    """The blocks of which a mask keeps anything."""
+    return structure.pool(roles.to_matrix(mask).astype(jnp.float32)) > 0
 
 
 def to_dense(params):

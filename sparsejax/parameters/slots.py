@@ -1,5 +1,6 @@
 """Which slot of a stored weight holds which block, at first and after blocks have moved."""
 
+import functools
 import math
 
 import jax
@@ -18,6 +19,7 @@ def blocks_of(matrix: jax.Array, structure: Block) -> jax.Array:
     return jnp.pad(matrix, padding).reshape(rows, bk, columns, bn).transpose(0, 2, 1, 3)
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3))  # one program instead of one for each of many small operations
 def store_layer(matrix: jax.Array, grid: jax.Array, structure: Block, capacity: int) -> tuple[jax.Array, BlockLists]:
     """Stores the blocks of one layer that a mask of the grid keeps.
 

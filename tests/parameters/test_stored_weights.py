@@ -8,8 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sparsejax.checkpoint import Checkpointer
@@ -28,23 +26,17 @@ def weight(shape, structure, sparsity=0.5, seed=0, **options):
     return array * mask, to_sparse({"kernel": array}, {"kernel": mask}, rules, **options)["kernel"]
 
 
-@settings(deadline=None, max_examples=10)
-@given(
-    rows=st.integers(4, 20),
-    columns=st.sampled_from([4, 6, 12, 15]),
-    block=st.sampled_from([(4, 4), (2, 3), (3, 2), (1, 1)]),
-    sparsity=st.sampled_from([0.0, 0.4, 0.9]),
+@pytest.mark.parametrize(
+    ("shape", "block", "sparsity"), [((16, 12), (4, 4), 0.4), ((10, 7), (4, 3), 0.0), ((13, 15), (2, 4), 0.9)]
 )
-def test_the_way_there_and_back_is_exact(rows, columns, block, sparsity):
-    dense, stored = weight((rows, columns), Block(block), sparsity)
+def test_the_way_there_and_back_is_exact(shape, block, sparsity):
+    dense, stored = weight(shape, Block(block), sparsity)
     assert isinstance(stored, BlockSparse)
     assert (stored.shape, stored.dtype, stored.ndim, stored.size) == (dense.shape, dense.dtype, 2, dense.size)
     np.testing.assert_array_equal(stored.to_dense(), dense)
-    x = jax.random.normal(jax.random.key(9), (3, rows))
+    assert stored.nnz == np.count_nonzero(dense)
+    x = jax.random.normal(jax.random.key(9), (3, shape[0]))
     np.testing.assert_allclose(x @ stored, x @ dense, atol=1e-5)
-    assert int(stored.count(stored.mask())) == int(Block(block).mask(jnp.ones(dense.shape), sparsity).sum()) or (
-        rows % block[0] or columns % block[1]  # where blocks are cut, their sizes decide
-    )
 
 
 def test_whole_trees_are_converted_by_rules_or_by_what_is_zero():
