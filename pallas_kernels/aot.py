@@ -26,6 +26,7 @@ TARGETS = (*TPU_TOPOLOGIES, "h200")
 KERNELS = {
     "block_sparse_attention": "pallas_kernels.block_sparse_attention.programs",
     "block_sparse_matmul": "pallas_kernels.block_sparse_matmul.programs",
+    "nm_matmul": "pallas_kernels.nm_matmul.programs",
 }
 """Modules with a dataclass `Shape` and `programs(shape, implementation, array) -> {name: (function, arguments)}`."""
 

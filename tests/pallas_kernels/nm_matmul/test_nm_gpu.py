@@ -1,0 +1,61 @@
+"""The GPU decode kernel for N:M: in the interpreter against dense computation, lowered and compiled for H200."""
+
+import jax
+import pytest
+from nm_kernel_problems import Problem, assert_close, expected
+
+from pallas_kernels import aot, compat
+from pallas_kernels.nm_matmul import gpu, programs
+
+
+@pytest.mark.skipif(compat.gpu_interpreter() is None, reason="this JAX has no interpreter for Mosaic GPU (0.12 has)")
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem(rows=2, inputs=64, outputs=512, dtype="bfloat16"),
+        Problem(rows=1, inputs=72, outputs=256, n=1, m=8, dtype="bfloat16"),
+    ],
+    ids=["2:4", "1:8"],
+)
+def test_equals_dense_computation_without_races(problem):
+    x, values, positions, _ = problem.draw()
+    assert gpu.supports(x, values, positions, problem.sizes) is None
+    y = gpu.forward(x, values, positions, problem.sizes, interpret=compat.gpu_interpreter())
+    assert_close((y,), expected(problem)[:1], 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("problem", "reason"),
+    [
+        (Problem(rows=5, outputs=256), "5 rows; the GPU kernel decodes at most 4"),
+        (Problem(rows=1, outputs=256, share=32), "a pattern shared by 32 columns"),
+        (Problem(rows=1, outputs=200), "200 outputs"),
+        (Problem(rows=1, outputs=256, m=16), "groups of m=16"),
+    ],
+)
+def test_refuses_with_the_reason(problem, reason):
+    x, values, positions, _ = problem.draw()
+    assert reason in gpu.supports(x, values, positions, problem.sizes)
+
+
+TAKEN = [name for name, shape in programs.SHAPES.items() if shape.rows <= gpu.MAX_ROWS]
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_lowers_for_every_shape(name):
+    from jax import export
+
+    for function, arguments in programs.programs(programs.SHAPES[name], "gpu", jax.ShapeDtypeStruct).values():
+        with compat.target_context("NVIDIA H200", 132, "gpu"):
+            text = export.export(jax.jit(function), platforms=["cuda"])(*arguments).mlir_module()
+        assert "mosaic_gpu" in text
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("name", TAKEN)
+def test_compiles_for_h200_without_spills(name):
+    lacking = aot.missing("h200")
+    if lacking:
+        pytest.skip(lacking)
+    (report,) = aot.compile_for("h200", "nm_matmul", programs.SHAPES[name])
+    assert [(k.name, k.spill_bytes) for k in report.kernels] == [("nm_matmul_forward", 0)]
