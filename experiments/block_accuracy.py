@@ -29,13 +29,14 @@ BASE = dataclasses.replace(
     depth=2,
     length=64,
     batch_size=16,
-    steps=600,
-    update_every=25,
+    steps=300,
+    update_every=15,
     max_bytes=2_000_000,
-    heldout_windows=256,
+    heldout_windows=128,
+    warmup=50,
     log_every=100,
     eval_every=300,
-    save_every=600,
+    save_every=300,
 )
 
 

@@ -12,6 +12,7 @@ from sparsejax.masks.paths import named_leaves
 from sparsejax.masks.rules import LeafPlan
 from sparsejax.topology.algorithm import NEVER, Algorithm
 from sparsejax.topology.engine import plan_leaves
+from sparsejax.topology.stored import stored_leaves
 
 _FOR_EVER = 2**30
 
@@ -112,6 +113,9 @@ def plan(params, algorithm: Algorithm, rules=None, *, steps: int | None = None) 
         counts = count_units(leaves, algorithm.distribution, final)
         nnz = {path: _elements(sparse[path], count) for path, count in counts.layers.items()}
         pooled = None if counts.pooled is None else int(counts.pooled)
+        if not moves or (algorithm.grow is not None and not algorithm.moving):  # they keep as many as they store
+            stored = stored_leaves(params, leaves).items()
+            nnz |= {path: leaf.nnz for path, leaf in stored if isinstance(leaf.lists.rows, jax.Array)}
     return Plan(
         leaves=leaves,
         nnz=nnz,
