@@ -28,7 +28,8 @@ class Row:
         nnz: weights kept.
         size: weights in all.
         flops: its share of the model's forward FLOPs, in [0, 1], zeros not counted; None without FLOPs.
-        execution: `simulated` (dense compute on zeros), `accelerated` (cost follows the density) or `dense`.
+        execution: `simulated` (dense compute on zeros), `accelerated` (cost follows the density), `stored` (memory
+            alone does) or `dense`.
     """
 
     path: str
@@ -121,7 +122,7 @@ class Summary:
         if any(row.execution == "simulated" for row in masked):
             totals.append("simulated: dense compute on zeros; time and memory are those of the dense layer")
         if any(row.execution == "accelerated" for row in masked):
-            totals.append("accelerated: only blocks that are kept are stored; time and memory follow the density")
+            totals.append("accelerated: a kernel skips the zeros; time and memory follow the density")
             totals += [f"  on {kernel}" for kernel in self.kernels]
         if any(row.execution == "stored" for row in self.rows):
             totals.append("stored: memory follows the density, time is that of the dense layer")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import treescope
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sparsejax.checkpoint import Checkpointer
@@ -106,7 +107,6 @@ def test_it_looks_like_an_array_in_print():
     assert stored.capacity == 16
     assert "room for 16" in repr(jax.eval_shape(lambda: stored))
     assert repr(jax.tree.map(lambda _: None, stored)).startswith("BlockSparse(")
-    treescope = pytest.importorskip("treescope")
     assert "BlockSparse" in treescope.render_to_text(stored)
 
 
