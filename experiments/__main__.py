@@ -3,14 +3,18 @@
 usage: python -m experiments list
        python -m experiments run NAME [--field value ...]     (run NAME --help shows the fields)
        python -m experiments report FOLDER
+       python -m experiments compile NAME --target v5p:8x8x8 [--mesh 64 8 1] [--field value ...]
 
 `run` trains, writes results into runs/NAME of the current folder (or --output FOLDER) and prints a table; it
 continues what was interrupted with --resume. `report` makes the table and the page of a results folder anew.
+`compile` compiles the training step of an experiment, or of byte_pod, for a pod that need not be there.
 Studies of single papers (quest, seer_attention) take minutes, and begin anew each time.
 """
 
 import difflib
+import os
 import sys
+import traceback
 
 USAGE = __doc__.split("\n", 2)[2]
 
@@ -29,19 +33,23 @@ def main(arguments: list[str] | None = None) -> int:
             return _list()
         case ["run", name, *fields] if not name.startswith("-"):
             return _run(name, fields)
+        case ["compile", name, *fields] if not name.startswith("-"):
+            return _compile(name, fields)
         case ["report", folder] if not folder.startswith("-"):
             return _report(folder)
-        case ["-h" | "--help" | "help", *_] | ["run" | "list" | "report", "-h" | "--help", *_]:
+        case ["-h" | "--help" | "help", *_] | ["run" | "list" | "report" | "compile", "-h" | "--help", *_]:
             print(USAGE)
             return _list()
         case ["run"]:
             return _refuse(f"run needs the name of an experiment: {', '.join(_experiments())}")
+        case ["compile"]:
+            return _refuse("compile needs the name of an experiment, or byte_pod, and --target, such as v5p:8x8x8")
         case ["report", *_]:
             return _refuse("report needs one folder, such as runs/digits_dst")
         case []:
             return _refuse("no command")
         case [command, *_]:
-            return _refuse(f"no command {command!r}{_similar(command, ['list', 'run', 'report'])}")
+            return _refuse(f"no command {command!r}{_similar(command, ['list', 'run', 'report', 'compile'])}")
 
 
 def _experiments():
@@ -65,26 +73,89 @@ def _run(name: str, fields: list[str]) -> int:
     import tyro
 
     from experiments.experiment import Study, UsageError
+    from experiments.machines import PREEMPTED, Machines, Preempted
+    from experiments.processes import DisagreementError, LateError
     from experiments.runs import run_experiment
+    from experiments.train import DivergedError
     from sparsejax.checkpoint import CheckpointError
 
     experiment = experiments[name]
-    config = tyro.cli(
-        type(experiment.config), args=fields, default=experiment.config, prog=f"python -m experiments run {name}"
-    )
+    config, machines = _parse(tyro, name, experiment.config, fields, Machines(), alone=isinstance(experiment, Study))
+    failures = (UsageError, CheckpointError, DisagreementError, LateError, DivergedError)
     try:
         if isinstance(experiment, Study):
             experiment.run(config)
         else:
-            run_experiment(experiment, config)
-    except (UsageError, CheckpointError) as error:
+            run_experiment(experiment, config, machines=machines)
+    except failures as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return _leave(1, machines)
+    except Preempted as notice:
+        print(f"{notice}; the same command with --resume continues", file=sys.stderr)
+        return _leave(PREEMPTED, machines)
+    except Exception:
+        if not machines.coordinator:
+            raise
+        traceback.print_exc()
+        return _leave(1, machines)
     except KeyboardInterrupt:
         again = "" if isinstance(experiment, Study) else "; the same command with --resume continues"
         print(f"\ninterrupted{again}", file=sys.stderr)
         return 130
     return 0
+
+
+def _compile(name: str, fields: list[str]) -> int:
+    import tyro
+
+    from experiments.compile import BYTE_POD, Target, run
+    from experiments.configs import EXPERIMENTS
+    from experiments.experiment import UsageError
+
+    if name not in (*EXPERIMENTS, BYTE_POD):
+        known = (*EXPERIMENTS, BYTE_POD)
+        return _refuse(f"no experiment {name!r}{_similar(name, known)}; known are {', '.join(known)}")
+    if name == BYTE_POD:
+        from experiments.models.byte_pod import Config
+
+        config = Config()
+    else:
+        config = EXPERIMENTS[name].config
+
+    def both(target: Target, config: type(config) = config):
+        return target, config
+
+    both.__doc__ = f"Compiles the training step of {name} for a pod."
+    target, config = tyro.cli(
+        both, args=fields, config=(tyro.conf.OmitArgPrefixes,), prog=f"python -m experiments compile {name}"
+    )
+    try:
+        return run(name, config, target)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parse(tyro, name: str, config, fields: list[str], machines, *, alone: bool):
+    """The configuration and, beside it, on what to run it, from one list of flags; a study has only the former."""
+    program = f"python -m experiments run {name}"
+    if alone:
+        return tyro.cli(type(config), args=fields, default=config, prog=program), machines
+
+    def both(config: type(config) = config, machines: type(machines) = machines):
+        return config, machines
+
+    both.__doc__ = type(config).__doc__
+    flat = (tyro.conf.OmitArgPrefixes,)
+    return tyro.cli(both, args=fields, config=flat, prog=program)
+
+
+def _leave(status: int, machines) -> int:
+    """Ends one process of several at once: in the ordinary way it would wait for those that hang without it."""
+    if machines.coordinator and status == 1:
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def _report(folder: str) -> int:

@@ -36,7 +36,7 @@ class Machines:
     patience: float = 600.0
     # steps between two comparisons of all copies of the network; 0 compares at the start and at the end only
     compare_every: int = 1000
-    # folder for a profile of steps 10 to 13, for TensorBoard or xprof
+    # folder for a profile of three steps, 10 to 12, for TensorBoard or xprof
     profile: str = ""
 
     @property

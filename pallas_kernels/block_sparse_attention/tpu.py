@@ -457,7 +457,8 @@ class _Call:
         """Runs the kernel; `products` matrix products of a tile's size are what a step costs."""
         tile = self.tile
         names = tuple(self.names + [n for n, _ in self.outs] + [n for n, _ in self.scratch])
-        width = max(a.shape[-1] for a in self.arrays[1:] if a.ndim == 4)
+        matrices = [a for a in self.arrays[1:] if a.ndim == 4 and a.shape[2] > 1]  # statistics have one row of all
+        width = max(a.shape[-1] for a in matrices)
         steps = tile.grid_batch * tile.grid_heads * tile.capacity * tile.unroll * tile.repeat
         blocks = zip(self.specs, self.arrays[1:], strict=True)
         moved = sum(math.prod(s.block_shape) * a.dtype.itemsize for s, a in blocks if s.block_shape is not None)

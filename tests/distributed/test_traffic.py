@@ -1,0 +1,97 @@
+"""What travels between devices, and what is counted of a program that is only compiled."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import sparsejax
+from experiments.compile import parse_target
+from experiments.experiment import UsageError
+from experiments.hlo import traffic
+from experiments.sharding import Layout, fill_mesh, make_mesh
+from sparsejax.analysis.trace_products import count_products
+
+
+def mask_update_traffic(layers: int, width: int):
+    """Traffic of one call of `update`, in which masks may move, under an optimizer that needs none itself."""
+    layout = Layout(make_mesh((2, 2, 2)))
+    algorithm = sparsejax.rigl(0.8, distribution=sparsejax.uniform, update_every=2)
+    optimizer = sparsejax.sparsify(optax.sgd(0.1), algorithm)
+    params = {f"layer{i}": {"kernel": jax.ShapeDtypeStruct((width, width), jnp.float32)} for i in range(layers)}
+    state = jax.eval_shape(optimizer.init, params)
+
+    def put(tree):
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, layout.of_state(tree, params)
+        )
+
+    with layout.context():
+        update = jax.jit(optimizer.update, out_shardings=(layout.of_params(params), layout.of_state(state, params)))
+        return traffic(update.lower(put(params), put(state), put(params)).compile().as_text())
+
+
+def test_mask_updates_exchange_a_few_numbers_a_layer():
+    one, wide, three = mask_update_traffic(1, 32), mask_update_traffic(1, 256), mask_update_traffic(3, 32)
+    assert one == wide, "the traffic depends on the size of layers"
+    assert 2 * one.total < three.total <= 3 * one.total + 32
+    assert one.total < 500  # bytes, while the layer itself has 4096 and 262144
+
+
+def test_loops_count_as_often_as_they_run():
+    mesh = make_mesh((8, 1, 1))
+    rows = PartitionSpec("data")
+
+    def body(x):
+        def trip(carry, _):
+            return carry + jax.lax.psum(carry, "data"), None
+
+        return jax.lax.scan(trip, x, None, length=5)[0]
+
+    run = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False))
+    found = traffic(run.lower(jnp.ones((8, 16), jnp.float32)).compile().as_text())
+    assert (found.calls["all-reduce"], found.bytes["all-reduce"]) == (5, 5 * 16 * 4)
+
+
+def test_flops_of_the_trace_are_those_of_an_unrolled_program():
+    """A scan over six layers and its gradient: the compiler counts the unrolled loop alike."""
+
+    def loss(weights, x, unroll):
+        return jnp.sum(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights, unroll=unroll)[0])
+
+    weights, x = jnp.zeros((6, 128, 128)), jnp.zeros((64, 128))
+    step = jax.jit(jax.grad(loss), static_argnums=2)
+    counted = sum(count_products(step.trace(weights, x, 1).jaxpr, [])[0].values())
+    assert counted == 3 * 6 * 2 * 64 * 128 * 128
+    # The unrolled program leaves out the gradient of the first layer's input, and counts element-wise work.
+    unrolled = step.lower(weights, x, True).compile().cost_analysis()["flops"]
+    assert counted == pytest.approx(unrolled, rel=0.1)
+    assert step.lower(weights, x, 1).compile().cost_analysis()["flops"] < counted / 2
+
+
+def test_targets_and_meshes_that_do_not_exist_are_refused():
+    assert parse_target("v5e:16x16")[1] == 256
+    for target in ("v5", "v5p", "v5p:8by8", "h200:8"):
+        with pytest.raises(UsageError, match=f"target is '{target}'; give a kind .* such as v5e:16x16"):
+            parse_target(target)
+    with pytest.raises(UsageError, match=r"mesh is \(3, -1, 1\), which does not fit 8 devices"):
+        fill_mesh((3, -1, 1), 8)
+    with pytest.raises(UsageError, match=r"one of them may be -1"):
+        fill_mesh((-1, -1, 1), 8)
+    with pytest.raises(UsageError, match=r"their product must be 8"):
+        make_mesh((4, 4, 1))
+
+
+def test_axes_that_do_not_divide_stay_whole():
+    layout = Layout(make_mesh((1, 2, 4)))
+    assert layout.spec("blocks/0/up/kernel", (6, 8)) == PartitionSpec("fsdp", "tensor")
+    assert layout.spec("blocks/0/up/kernel", (7, 6)) == PartitionSpec(None, None)
+    assert layout.spec("blocks/0/attention/out/kernel", (4, 8, 6)) == PartitionSpec("tensor", None, "fsdp")
+    assert layout.spec("norm/scale", (6,)) == PartitionSpec()
+    params = {"up": {"kernel": np.zeros((6, 8))}}
+    state = {"mu": params, "count": np.zeros(())}
+    placed = layout.of_state(state, params)
+    assert placed["mu"]["up"]["kernel"] == NamedSharding(layout.mesh, PartitionSpec("fsdp", "tensor"))
+    assert placed["count"].is_fully_replicated
