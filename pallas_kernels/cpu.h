@@ -59,8 +59,10 @@ inline T Sum(Vec<T> x) {
 #else
   typedef typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type Int;
   typedef Int Order __attribute__((vector_size(kBytes)));
+#pragma GCC unroll 4
   for (int half = kLanes<T> / 2; half; half /= 2) {
-    Order order;
+    Order order = {};
+#pragma GCC unroll 16
     for (int i = 0; i < kLanes<T>; i++) order[i] = i ^ half;
     x += __builtin_shuffle(x, order);
   }

@@ -21,6 +21,7 @@ namespace {
 constexpr int64_t kLine = 16;             // features of a row that lie together in a tile
 constexpr int64_t kTileBytes = 786432;    // of x that a task goes through again and again
 constexpr int64_t kSlab = 1024;           // rows that gradients of values sum at a time
+constexpr int64_t kChunk = 64;            // features whose rows a task goes through again and again
 constexpr int kFeatures = 4, kColumns = 6;  // of a tile of such gradients
 
 using S32 = ffi::Buffer<ffi::S32>;
@@ -143,11 +144,14 @@ struct Stored {
   int64_t depth, panels, share;
   Stored(ffi::ThreadPool& pool, const T* from, const int32_t* index, int64_t depth, int64_t panels, int64_t share)
       : values(depth * panels * share * sizeof(T)), features(depth * panels * 4), depth(depth), panels(panels), share(share) {
-    ParallelFor(pool, panels, [&](int64_t j) {
-      T* to = values.As<T>() + j * depth * share;
-      for (int64_t p = 0; p < depth; p++) {
-        std::memcpy(to + p * share, from + (p * panels + j) * share, share * sizeof(T));
-        features.As<int32_t>()[j * depth + p] = index[p * panels + j];
+    // Some rows at a time: each is read from its beginning to its end, and panels are written in lines that lie together.
+    ParallelFor(pool, (depth + kLine - 1) / kLine, [&](int64_t part) {
+      const int64_t p0 = part * kLine, p1 = std::min(depth, p0 + kLine);
+      for (int64_t j = 0; j < panels; j++) {
+        for (int64_t p = p0; p < p1; p++) {
+          std::memcpy(values.As<T>() + (j * depth + p) * share, from + (p * panels + j) * share, share * sizeof(T));
+          features.As<int32_t>()[j * depth + p] = index[p * panels + j];
+        }
       }
     });
   }
@@ -246,13 +250,15 @@ ffi::Error InputGradient(ffi::ThreadPool pool, ffi::Buffer<kType> dy, ffi::Buffe
   return ffi::Error::Success();
 }
 
-template <class T, int A>
-void SumRowsOf(int64_t columns, const int32_t* index, int64_t depth, const T* xt, const T* dyt, int64_t ld, T* to, int64_t ldc,
+// B columns of the gradient for some features.
+template <class T, int B>
+void SumRowsOf(int64_t features, const int32_t* index, int64_t depth, const T* xt, const T* dyt, int64_t ld, T* to, int64_t ldc,
                bool add) {
-  int64_t c = 0;
-  for (; c + kColumns <= columns; c += kColumns) SumRows<T, A, kColumns>(index, depth, xt, dyt + c * ld, ld, to + c, ldc, add);
-  for (; c + 2 <= columns; c += 2) SumRows<T, A, 2>(index, depth, xt, dyt + c * ld, ld, to + c, ldc, add);
-  for (; c < columns; c++) SumRows<T, A, 1>(index, depth, xt, dyt + c * ld, ld, to + c, ldc, add);
+  int64_t p = 0;
+  for (; p + kFeatures <= features; p += kFeatures) {
+    SumRows<T, kFeatures, B>(index + p, depth, xt, dyt, ld, to + p * ldc, ldc, add);
+  }
+  for (; p < features; p++) SumRows<T, 1, B>(index + p, depth, xt, dyt, ld, to + p * ldc, ldc, add);
 }
 
 template <ffi::DataType kType>
@@ -271,7 +277,7 @@ ffi::Error ValueGradients(ffi::ThreadPool pool, ffi::Buffer<kType> x, ffi::Buffe
   T* xt = lease.As<T>();
   T* dyt = xt + inputs * ld;
   constexpr int64_t kPart = 2 * kLanes<T>;
-  const int64_t groups = (depth + 255) / 256;
+  const int64_t groups = (depth + kChunk - 1) / kChunk;
   for (int64_t m0 = 0; m0 < m; m0 += slab) {
     const int64_t here = std::min(slab, m - m0);
     ParallelFor(pool, (slab + kPart - 1) / kPart, [&](int64_t part) {
@@ -280,19 +286,16 @@ ffi::Error ValueGradients(ffi::ThreadPool pool, ffi::Buffer<kType> x, ffi::Buffe
       Transpose(dy.typed_data() + (m0 + r) * outputs, outputs, rows, width, dyt + r, ld);
     });
     ParallelFor(pool, panels * groups, [&](int64_t task) {
-      const int64_t j = task / groups, g = task % groups, last = Share(depth, g + 1, groups);
-      const int32_t* mine = features.data() + j * depth;
+      const int64_t j = task / groups, g = task % groups;
+      const int64_t p = Share(depth, g, groups), n = Share(depth, g + 1, groups) - p;
+      const int32_t* mine = features.data() + j * depth + p;
       const T* columns = dyt + j * share * ld;
-      for (int64_t p = Share(depth, g, groups); p < last;) {
-        T* to = dvalues->typed_data() + p * outputs + j * share;
-        if (p + kFeatures <= last) {
-          SumRowsOf<T, kFeatures>(share, mine + p, slab, xt, columns, ld, to, outputs, m0 > 0);
-          p += kFeatures;
-        } else {
-          SumRowsOf<T, 1>(share, mine + p, slab, xt, columns, ld, to, outputs, m0 > 0);
-          p++;
-        }
+      T* to = dvalues->typed_data() + p * outputs + j * share;
+      int64_t c = 0;
+      for (; c + kColumns <= share; c += kColumns) {
+        SumRowsOf<T, kColumns>(n, mine, slab, xt, columns + c * ld, ld, to + c, outputs, m0 > 0);
       }
+      for (; c + 2 <= share; c += 2) SumRowsOf<T, 2>(n, mine, slab, xt, columns + c * ld, ld, to + c, outputs, m0 > 0);
     });
   }
   return ffi::Error::Success();

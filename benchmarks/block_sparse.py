@@ -1,0 +1,337 @@
+"""Products with block-sparse and N:M matrices on the CPU, against dense ones and the sparse formats of others.
+
+    python benchmarks/block_sparse.py                       torch and scipy from this interpreter
+    python benchmarks/block_sparse.py --peer PYTHON         torch and scipy from another one
+    python benchmarks/block_sparse.py --peer none           JAX only
+
+Ratios are how many times faster ours is, medians over rounds in which the programs take turns. `x density` multiplies
+by the density: 1 is time exactly in proportion to the stored blocks. `goal` columns are what that is meant to reach.
+`floor ms` is the time that memory alone would need: each operand read once by each product that needs it, each result
+written once, at the speed of a copy.
+
+Ours `both` is forward, dx and the gradient of the stored blocks. No peer has the last one, so theirs is forward and dx
+only; and where a peer's forward pass alone takes longer than all of ours, that stands for it, as a lower bound.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import sparse
+from measure import report
+
+from pallas_kernels.block_sparse_matmul import block_lists, block_sparse_matmul, to_dense
+from pallas_kernels.nm_matmul import nm_matmul
+
+SLOW = 0.25
+"""Seconds from which on one call is enough."""
+
+
+class Peer:
+    """The torch and scipy process; without one it knows no functions."""
+
+    def __init__(self, python: str):
+        self.process = None
+        if python == "none":
+            return
+        command = [python, str(Path(__file__).with_name("block_sparse_peer.py")), "--threads", str(os.cpu_count())]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.read("ready")
+
+    def read(self, word: str) -> str:
+        """The rest of the next line that begins with `word`."""
+        while line := self.process.stdout.readline():
+            if line.startswith(word + " "):
+                return line[len(word) + 1 :].strip()
+        raise SystemExit("the peer process ended; are torch and scipy there? Name another interpreter with --peer")
+
+    def say(self, line: str) -> None:
+        """Sends a command."""
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def load(self, w: np.ndarray, block: int, rows: int) -> list[str]:
+        """Hands over a matrix; the names of what can be timed with it."""
+        if self.process is None:
+            return []
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "matrix.npz"
+            np.savez(path, w=w, block=block, rows=rows)
+            self.say(f"load {path}")
+            return self.read("loaded").split(",")
+
+    def seconds(self, name: str) -> float:
+        """Times one function."""
+        self.say(f"time {name}")
+        return float(self.read("seconds"))
+
+    def close(self) -> None:
+        """Ends the process."""
+        if self.process is not None:
+            self.process.stdin.close()
+            self.process.wait()
+
+
+def seconds(function) -> float:
+    """Seconds of a compiled function: the least of a few calls, or of one that is long."""
+    timings = []
+    begin = time.perf_counter()
+    while len(timings) < 2 or (len(timings) < 6 and time.perf_counter() - begin < 0.1):
+        start = time.perf_counter()
+        jax.block_until_ready(function())
+        timings.append(time.perf_counter() - start)
+        if timings[0] > SLOW:
+            break
+    return min(timings)
+
+
+def take_turns(functions: dict, rounds: int, first: dict[str, float] | None = None) -> dict[str, list[float]]:
+    """Seconds of every function, round by round; what is slow is timed in the first round only.
+
+    Args:
+        functions: each returns its seconds.
+        rounds: how many.
+        first: timings of the first round that are there already.
+    """
+    timings = {name: [(first or {}).get(name) or timed()] for name, timed in functions.items()}
+    for _ in range(rounds - 1):
+        for name, timed in functions.items():
+            timings[name].append(timings[name][0] if timings[name][0] > SLOW else timed())
+    return timings
+
+
+def ratio(timings: dict[str, list[float]], slow: str, fast: str) -> float:
+    """How many times faster `fast` is, the median over rounds."""
+    return statistics.median(a / b for a, b in zip(timings[slow], timings[fast], strict=True))
+
+
+def compiled(function, *arguments):
+    """A function of no arguments, compiled already, so that its first call can be timed."""
+    program = jax.jit(function).lower(*arguments).compile()
+    return lambda: seconds(lambda: program(*arguments))
+
+
+def with_gradients(function, dy):
+    """y and the gradients of the first two arguments."""
+
+    def both(x, w, *rest):
+        y, pull = jax.vjp(lambda x, w: function(x, w, *rest), x, w)
+        return y, *pull(dy)
+
+    return both
+
+
+def copy_speed() -> float:
+    """Bytes a second of reading one large array and writing another."""
+    x = jnp.zeros(2**25, jnp.float32)
+    program = jax.jit(lambda x: x + 1).lower(x).compile()
+    return 2 * x.nbytes / min(seconds(lambda: program(x)) for _ in range(3))
+
+
+def draw(inputs: int, outputs: int, block: int, density: float):
+    """Blocks in random places of the whole grid: lists, values, and the same as a dense matrix."""
+    r = np.random.default_rng(0)
+    kb, nb = inputs // block, outputs // block
+    places = r.choice(kb * nb, max(1, round(density * kb * nb)), replace=False)
+    lists = jax.tree.map(jnp.asarray, block_lists(places[None] // nb, places[None] % nb, grid=(kb, nb)))
+    values = jnp.asarray(r.standard_normal((1, places.size, block, block), dtype=np.float32))
+    return lists, values, np.asarray(to_dense(values, lists, (inputs, outputs)))
+
+
+def of_jax(w: np.ndarray, xt, dyt) -> dict:
+    """JAX's own sparse formats, stored transposed as scipy's and torch's."""
+    found = {}
+    for name, kind in (("BCOO", sparse.BCOO), ("BCSR", sparse.BCSR)):
+        forward, back = (kind.fromdense(jnp.asarray(np.ascontiguousarray(a))) for a in (w.T, w))
+        found[name] = compiled(lambda a, x: a @ x, forward, xt)
+        found[name + " both"] = compiled(lambda a, b, x, dy: (a @ x, b @ dy), forward, back, xt, dyt)
+    return found
+
+
+def goal(block: int, density: float, gradients: bool) -> float:
+    """What `x density` is meant to reach."""
+    if density > 0.3:
+        return 0.75 if block == 64 and not gradients else 0.0
+    if density < 0.09:
+        return 0.0
+    return (0.65 if gradients else 0.75) if block >= 64 else (0.55 if gradients else 0.6)
+
+
+def against_all(shape, blocks, densities, peer: Peer, rounds: int) -> list[dict]:
+    """The native path against dense products and every sparse format, a row for each block size and density."""
+    rows, (m, inputs, outputs), speed = [], shape, copy_speed()
+    r = np.random.default_rng(1)
+    x, dy = (jnp.asarray(r.standard_normal((m, n), dtype=np.float32)) for n in (inputs, outputs))
+    for block in blocks:
+        for density in densities:
+            lists, values, w = draw(inputs, outputs, block, density)
+            real, dense = values.size / w.size, jnp.asarray(w)
+
+            def ours(x, values, lists):
+                return block_sparse_matmul(x, values, lists, shape=shape[1:], implementation="native")
+
+            functions = {
+                "dense": compiled(jnp.matmul, x, dense),
+                "dense both": compiled(with_gradients(jnp.matmul, dy), x, dense),
+                "ours": compiled(ours, x, values, lists),
+                "ours both": compiled(with_gradients(ours, dy), x, values, lists),
+            }
+            others = of_jax(w, x.T, dy.T)
+            others |= {name: lambda name=name: peer.seconds(name) for name in peer.load(w, block, m)}
+            functions |= {name: timed for name, timed in others.items() if not name.endswith("both")}
+            first = {name: timed() for name, timed in functions.items()}
+            for name, timed in others.items():
+                if name.endswith("both") and first[name.removesuffix(" both")] < first["ours both"]:
+                    functions[name] = timed
+            timings = take_turns(functions, rounds, first)
+            read = 4 * (x.size + values.size + dy.size)
+            row = {
+                "block": block,
+                "density": real,
+                "ours ms": statistics.median(timings["ours"]) * 1e3,
+                "floor ms": read / speed * 1e3,
+                "/ dense": ratio(timings, "dense", "ours"),
+                "x density": ratio(timings, "dense", "ours") * real,
+                "goal": goal(block, real, False),
+                "both ms": statistics.median(timings["ours both"]) * 1e3,
+                "both floor ms": 3 * read / speed * 1e3,
+                "both / dense": ratio(timings, "dense both", "ours both"),
+                "both x density": ratio(timings, "dense both", "ours both") * real,
+                "both goal": goal(block, real, True),
+            }
+            for name in (name for name in others if not name.endswith("both")):
+                row[f"/ {name}"] = ratio(timings, name, "ours")
+                longer = f"{name} both" if f"{name} both" in timings else name
+                row[f"both / {name}"] = ratio(timings, longer, "ours both")
+            rows.append(row)
+            print(" ".join(f"{k}={v:.3g}" for k, v in row.items()), flush=True)
+    return rows
+
+
+def few_rows(counts, blocks, density: float, size: int, rounds: int) -> list[dict]:
+    """One to some rows of x, where reading the stored blocks is what takes time."""
+    rows, speed = [], copy_speed()
+    for m in counts:
+        x = jnp.asarray(np.random.default_rng(1).standard_normal((m, size), dtype=np.float32))
+        for block in blocks:
+            lists, values, w = draw(size, size, block, density)
+
+            def ours(x, values, lists):
+                return block_sparse_matmul(x, values, lists, shape=(size, size), implementation="native")
+
+            functions = {
+                "dense": compiled(jnp.matmul, x, jnp.asarray(w)),
+                "ours": compiled(ours, x, values, lists),
+            }
+            timings = take_turns(functions, rounds)
+            real = values.size / w.size
+            rows.append(
+                {"rows": m, "block": block, "density": real, "ours ms": statistics.median(timings["ours"]) * 1e3}
+                | {"floor ms": 4 * (2 * x.size + values.size) / speed * 1e3, "/ dense": ratio(timings, "dense", "ours")}
+                | {"x density": ratio(timings, "dense", "ours") * real}
+            )
+    return rows
+
+
+def xla_alone(shape, blocks, densities, rounds: int) -> list[dict]:
+    """The XLA path against dense products."""
+    rows, (m, inputs, outputs) = [], shape
+    r = np.random.default_rng(1)
+    x, dy = (jnp.asarray(r.standard_normal((m, n), dtype=np.float32)) for n in (inputs, outputs))
+    for block in blocks:
+        for density in densities:
+            lists, values, w = draw(inputs, outputs, block, density)
+
+            def ours(x, values, lists):
+                return block_sparse_matmul(x, values, lists, shape=shape[1:], implementation="xla")
+
+            timings = take_turns(
+                {
+                    "dense": compiled(jnp.matmul, x, jnp.asarray(w)),
+                    "dense both": compiled(with_gradients(jnp.matmul, dy), x, jnp.asarray(w)),
+                    "ours": compiled(ours, x, values, lists),
+                    "ours both": compiled(with_gradients(ours, dy), x, values, lists),
+                },
+                rounds,
+            )
+            rows.append(
+                {"block": block, "density": values.size / w.size, "/ dense": ratio(timings, "dense", "ours")}
+                | {"both / dense": ratio(timings, "dense both", "ours both")}
+            )
+    return rows
+
+
+def n_of_m(shape, patterns, shares, rounds: int) -> list[dict]:
+    """N:M products against dense ones, by the number of columns that share a pattern."""
+    rows, (m, inputs, outputs) = [], shape
+    r = np.random.default_rng(1)
+    x, dy = (jnp.asarray(r.standard_normal((m, n), dtype=np.float32)) for n in (inputs, outputs))
+    dense = jnp.asarray(r.standard_normal((inputs, outputs), dtype=np.float32))
+    for kept, group in patterns:
+        for share in shares:
+            order = np.argsort(r.random((inputs // group, group, outputs // share)), axis=1)
+            positions = np.sort(order[:, :kept], axis=1).reshape(-1, outputs // share).astype(np.uint8)
+            values = jnp.asarray(r.standard_normal((inputs // group * kept, outputs), dtype=np.float32))
+            functions = {
+                "dense": compiled(jnp.matmul, x, dense),
+                "dense both": compiled(with_gradients(jnp.matmul, dy), x, dense),
+            }
+            names = ["xla", "native"] if share >= 32 else ["xla"]
+            for name in names:
+
+                def ours(x, values, positions, name=name, kept=kept, group=group, share=share):
+                    return nm_matmul(x, values, positions, n=kept, m=group, share=share, implementation=name)
+
+                functions[name] = compiled(ours, x, values, positions)
+                functions[name + " both"] = compiled(with_gradients(ours, dy), x, values, positions)
+            timings = take_turns(functions, rounds)
+            row = {"pattern": f"{kept}:{group}", "share": share, "density": kept / group}
+            row["bytes / dense"] = (values.nbytes + positions.nbytes) / dense.nbytes
+            for name in names:
+                row[f"{name} / dense"] = ratio(timings, "dense", name)
+                row[f"{name} both / dense"] = ratio(timings, "dense both", f"{name} both")
+            rows.append(row)
+    return rows
+
+
+def main() -> None:
+    """Runs the measurements and prints their tables."""
+    parts = ["all", "rows", "xla", "nm"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", default=sys.executable, help="python that has torch and scipy, or 'none'")
+    parser.add_argument("--shape", type=int, nargs=3, default=[1024, 2048, 2048], help="rows of x, inputs, outputs")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[32, 64, 128])
+    parser.add_argument("--densities", type=float, nargs="+", default=[0.5, 0.25, 0.1, 0.05, 0.02])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
+    parser.add_argument("--output", type=Path, help="path of the tables as JSON; the name of the part is added")
+    options = parser.parse_args()
+
+    def show(part: str, title: str, rows: list[dict]) -> None:
+        path = options.output and options.output.with_name(f"{options.output.stem}-{part}.json")
+        report(title, rows, path)
+
+    shape, rounds = tuple(options.shape), options.rounds
+    if "all" in options.parts:
+        peer = Peer(options.peer)
+        rows = against_all(shape, options.blocks, options.densities, peer, rounds)
+        peer.close()
+        show("all", "block-sparse products", rows)
+    if "rows" in options.parts:
+        show("rows", "few rows", few_rows([1, 4, 16, 64], [32, 128], 0.1, 8192, rounds))
+    if "xla" in options.parts:
+        show("xla", "block-sparse products by XLA alone", xla_alone(shape, options.blocks, options.densities, rounds))
+    if "nm" in options.parts:
+        show("nm", "N:M products", n_of_m(shape, [(2, 4), (1, 4)], [1, 32, 64, 128], rounds))
+
+
+if __name__ == "__main__":
+    main()
