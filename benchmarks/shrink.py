@@ -25,7 +25,7 @@ BATCH = 16
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sparsity", type=float, default=0.5, help="fraction of the units of each group that is cut")
-    parser.add_argument("--rounds", type=int, default=7, help="timings of each variant")
+    parser.add_argument("--rounds", type=int, default=5, help="timings of each variant")
     parser.add_argument("--output", type=Path, help="keep the figures in this JSON file")
     arguments = parser.parse_args()
 

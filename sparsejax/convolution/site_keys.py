@@ -1,0 +1,128 @@
+"""Sites as numbers: a sample and, inside its grid, a row-major key of 32 bits; searches for them in sorted lists."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+LAST_KEY = np.int32(2**31 - 1)
+
+# Up to this many places a table with one entry for each is quicker than searching; it takes 16 MiB.
+GRID_PLACES = 2**22
+
+
+def check_shape(shape: tuple[int, ...]) -> None:
+    """Raises a ValueError if the places of one sample do not fit 32-bit keys."""
+    if not shape or any(size < 1 for size in shape) or math.prod(shape) >= LAST_KEY:
+        raise ValueError(
+            f"shape {shape} has {math.prod(shape)} places; a sample's grid needs at least one dimension and between 1 "
+            f"and {LAST_KEY - 1} places: coarsen it, or cut it into several samples"
+        )
+
+
+def ravel(coords: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Row-major keys, int32 (...), of coordinates int32 (..., dimensions) that lie inside `shape`."""
+    key = jnp.zeros(coords.shape[:-1], jnp.int32)
+    for axis, size in enumerate(shape):
+        key = key * size + coords[..., axis].astype(jnp.int32)
+    return key
+
+
+def unravel(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Coordinates, int32 (..., dimensions), of keys int32 (...)."""
+    coords = []
+    for size in reversed(shape):
+        coords.append(keys % size)
+        keys = keys // size
+    return jnp.stack(coords[::-1], axis=-1)
+
+
+def inside(coords: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Whether coordinates lie in the grid, bool (...)."""
+    return jnp.all((coords >= 0) & (coords < jnp.array(shape)), axis=-1)
+
+
+def unique(batch: jax.Array, keys: jax.Array, samples: int, capacity: int):
+    """Sorts pairs (sample, key) and drops duplicates; pairs of sample `samples` are empty.
+
+    Args:
+        batch: int32 (n,), samples.
+        keys: int32 (n,).
+        samples: how many samples there are.
+        capacity: how many pairs are kept, the smallest.
+
+    Returns:
+        `(batch, keys, count, overflow)`: (capacity,), (capacity,), int32, bool.
+    """
+    batch, keys = jax.lax.sort((batch, keys), num_keys=2)
+    place, count = places(batch, keys, samples)
+    place = jnp.where(first_of_equals(batch, keys) & (batch < samples), place, capacity)
+    return (
+        jnp.full(capacity, samples, jnp.int32).at[place].set(batch, mode="drop"),
+        jnp.full(capacity, LAST_KEY, jnp.int32).at[place].set(keys, mode="drop"),
+        jnp.minimum(count, capacity),
+        count > capacity,
+    )
+
+
+def first_of_equals(batch: jax.Array, keys: jax.Array) -> jax.Array:
+    """In a sorted list of pairs, whether each is the first of its kind."""
+    differs = (batch[1:] != batch[:-1]) | (keys[1:] != keys[:-1])
+    return jnp.concatenate([jnp.ones(1, bool), differs])
+
+
+def places(batch: jax.Array, keys: jax.Array, samples: int) -> tuple[jax.Array, jax.Array]:
+    """In a sorted list of pairs, the number of each among the distinct ones, and how many of these there are."""
+    new = first_of_equals(batch, keys) & (batch < samples)
+    return jnp.cumsum(new, dtype=jnp.int32) - 1, jnp.sum(new, dtype=jnp.int32)
+
+
+def look_up(
+    batch: jax.Array,
+    keys: jax.Array,
+    samples: int,
+    size: int,
+    wanted_batch: jax.Array,
+    wanted_keys: jax.Array,
+    wanted: jax.Array,
+    *,
+    grid: bool | None = None,
+) -> jax.Array:
+    """Rows of pairs in a sorted list.
+
+    Args:
+        batch: int32 (n,), samples of the list.
+        keys: int32 (n,), its keys.
+        samples: how many samples there are.
+        size: places of a sample's grid.
+        wanted_batch: int32 (...), samples to find.
+        wanted_keys: int32 (...), their keys.
+        wanted: bool (...), False for what shall not be found.
+        grid: True for a table with an entry for each place, False for a binary search; None chooses by size.
+
+    Returns:
+        int32 (...): the row, n for what is not there.
+    """
+    count = len(keys)
+    if grid is None:
+        grid = samples * size <= GRID_PLACES
+    if grid:
+        at = jnp.where(batch < samples, batch * size + keys, samples * size)
+        table = jnp.full(samples * size, count, jnp.int32).at[at].set(jnp.arange(count, dtype=jnp.int32), mode="drop")
+        at = jnp.where(wanted, wanted_batch * size + wanted_keys, samples * size)
+        return table.at[at].get(mode="fill", fill_value=count)
+    starts = jnp.searchsorted(batch, jnp.arange(samples + 1, dtype=jnp.int32)).astype(jnp.int32)
+    sample = jnp.clip(wanted_batch, 0, samples - 1)
+    low, end = starts[sample], starts[sample + 1]
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low + high) // 2
+        less = keys[jnp.minimum(middle, count - 1)] < wanted_keys
+        searching = low < high
+        return jnp.where(searching & less, middle + 1, low), jnp.where(searching & ~less, middle, high)
+
+    row, _ = jax.lax.fori_loop(0, max(1, count).bit_length(), halve, (low, end))
+    found = wanted & (row < end) & (keys[jnp.minimum(row, count - 1)] == wanted_keys)
+    return jnp.where(found, row, count).astype(jnp.int32)

@@ -1,0 +1,215 @@
+"""Lists of sites and kernel maps: their construction, capacity, transposes, and what follows for convolutions."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conv_problems import by_hand
+
+from sparsejax import convolution
+from sparsejax.convolution import (
+    check_overflow,
+    from_coords,
+    from_mask,
+    sites_global_pool,
+    sparse_conv,
+    sparse_pool,
+    to_dense,
+)
+
+RANDOM = np.random.default_rng(0)
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+subm_map = jax.jit(convolution.subm_map, static_argnames=("kernel", "grid"))
+strided_map = jax.jit(convolution.strided_map, static_argnames=("kernel", "stride", "capacity", "grid"))
+
+
+def points(shape, count=60, samples=3, channels=4, repeats=False, seed=0):
+    random = np.random.default_rng(seed)
+    places = random.choice(samples * int(np.prod(shape)), count, replace=repeats)
+    batch, *coords = np.unravel_index(places, (samples, *shape))
+    feats = random.normal(size=(count, channels)).astype(np.float32)
+    return jnp.asarray(batch), jnp.asarray(np.stack(coords, -1)), jnp.asarray(feats)
+
+
+def make(shape=(7, 9), capacity=64, **options):
+    samples = options.pop("samples", 3)
+    return from_coords(*points(shape, samples=samples, **options), shape=shape, batch_size=samples, capacity=capacity)
+
+
+def normal(*shape):
+    return jnp.asarray(RANDOM.normal(size=shape), jnp.float32)
+
+
+@pytest.mark.parametrize("duplicates", [slow("sum"), "mean", slow("max")])
+def test_order_and_duplicates(duplicates):
+    batch, coords, feats = points((5, 4), count=60, samples=2, repeats=True)
+    build = jax.jit(
+        lambda *arrays: from_coords(*arrays, shape=(5, 4), batch_size=2, capacity=50, duplicates=duplicates)
+    )
+    sites = build(batch, coords, feats)
+    order = np.random.default_rng(1).permutation(60)
+    again = build(batch[order], coords[order], feats[order])
+    np.testing.assert_array_equal(sites.keys, again.keys)
+    np.testing.assert_allclose(sites.feats, again.feats, rtol=1e-5, atol=1e-5)
+    reduce = {"sum": np.sum, "mean": np.mean, "max": np.max}[duplicates]
+    want = np.zeros((2, 5, 4, 4), np.float32)
+    for b, i, j in set(map(tuple, np.column_stack([batch, coords]).tolist())):
+        same = np.all(np.column_stack([batch, coords]) == (b, i, j), axis=1)
+        want[b, i, j] = reduce(np.asarray(feats)[same], axis=0)
+    np.testing.assert_allclose(to_dense(sites), want, rtol=1e-5, atol=1e-5)
+
+
+def test_overflow_is_exact_and_reported():
+    batch, coords, feats = points((7, 9), count=60)
+    sites = [
+        from_coords(batch, coords, feats, shape=(7, 9), batch_size=3, capacity=capacity) for capacity in (59, 60, 61)
+    ]
+    assert [bool(each.overflow) for each in sites] == [True, False, False]
+    np.testing.assert_array_equal(sites[0].keys, sites[1].keys[:59])
+    check_overflow(*sites[1:])
+    with pytest.raises(ValueError, match="argument 0, a Sites of capacity 59"):
+        check_overflow(sites[0])
+    out, _ = strided_map(sites[1], 2, 2, capacity=8)
+    assert bool(out.overflow)
+    assert bool(strided_map(sites[0], 2, 2)[0].overflow)
+
+
+def test_points_outside_and_invalid_ones_are_left_out():
+    batch, coords = jnp.array([0, 0, 2, 0, -1]), jnp.array([[1], [4], [1], [2], [1]])
+    valid = jnp.array([True, True, True, False, True])
+    sites = from_coords(batch, coords, jnp.ones((5, 1)), shape=(4,), batch_size=2, capacity=5, valid=valid)
+    assert int(sites.count) == 1
+    np.testing.assert_array_equal(to_dense(sites)[0, :, 0], [0, 1, 0, 0])
+
+
+@pytest.mark.parametrize("shape", [(40,), slow((4, 5, 6))])
+def test_search_and_table_make_one_map(shape):
+    sites = make(shape, 70, count=40)
+    for build in (lambda grid: subm_map(sites, 3, grid=grid), lambda grid: strided_map(sites, 3, 2, grid=grid)):
+        by_table, by_search = jax.tree.leaves(build(True)), jax.tree.leaves(build(False))
+        for a, b in zip(by_table, by_search, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [slow(3, 1), (3, 2), slow(2, 2), slow((3, 2), (1, 2))])
+def test_maps_are_consistent_and_transpose(kernel, stride):
+    sites = make()
+    out, kernel_map = strided_map(sites, kernel, stride) if stride != 1 else (sites, subm_map(sites, kernel))
+    fwd, bwd = np.asarray(kernel_map.fwd), np.asarray(kernel_map.bwd)
+    pairs = {(i, o, k) for o, k in itertools.product(*map(range, fwd.shape)) if (i := fwd[o, k]) < len(bwd)}
+    assert pairs == {(i, o, k) for i, k in itertools.product(*map(range, bwd.shape)) if (o := bwd[i, k]) < len(fwd)}
+    lists = kernel_map.pairs
+    assert pairs == {
+        (int(lists.sources[k, n]), int(lists.targets[k, n]), k)
+        for k in range(fwd.shape[1])
+        for n in range(int(lists.counts[k]))
+    }
+    for a, b in zip(jax.tree.leaves(kernel_map), jax.tree.leaves(kernel_map.T.T), strict=True):
+        np.testing.assert_array_equal(a, b)
+    window = (kernel, kernel) if isinstance(kernel, int) else kernel
+    weights, z = normal(*window, 4, 5), normal(out.capacity, 5) * out.used
+    left = jnp.vdot(sparse_conv(sites.feats, weights, kernel_map), z)
+    right = jnp.vdot(sites.feats, sparse_conv(z, weights.swapaxes(-1, -2), kernel_map.T))
+    np.testing.assert_allclose(left, right, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", [slow(2), 3])
+def test_strided_equals_dense_everywhere_and_capacity_does_not_matter(kernel):
+    sites, wide = make((7, 9), 64), make((7, 9), 128)
+    weights, bias = normal(kernel, kernel, 4, 5), normal(5)
+    results = []
+    for each in (sites, wide):
+        out, kernel_map = strided_map(each, kernel, 2)
+        results.append(out.with_feats(sparse_conv(each.feats, weights, kernel_map, bias=bias)))
+        check_overflow(results[-1])
+    dense = to_dense(results[0])
+    padding = [(0, 1), (0, 1)] if kernel == 2 else [(1, 1), (1, 1)]
+    want = by_hand(to_dense(sites), weights, 2, padding=padding)
+    there = np.asarray(to_dense(results[0].with_feats(jnp.ones_like(results[0].feats[:, :1]))))
+    np.testing.assert_allclose(dense, (want + np.asarray(bias)) * there, rtol=1e-5, atol=1e-5)
+    assert not np.any(want * (1 - there))
+    np.testing.assert_array_equal(dense, to_dense(results[1]))
+    assert not np.any(np.asarray(results[0].feats)[int(results[0].count) :])
+
+
+def test_active_set_stays_and_inverse_restores_it():
+    sites = make()
+    down, kernel_map = strided_map(sites, 2, 2)
+    feats = sparse_conv(sites.feats, normal(2, 2, 4, 6), kernel_map)
+    up = sites.with_feats(sparse_conv(feats, normal(2, 2, 6, 4), kernel_map.T, bias=jnp.ones(4)))
+    assert up.feats.shape == sites.feats.shape
+    assert np.all(np.any(np.asarray(up.feats)[: int(sites.count)] != 0, axis=1))
+    assert not np.any(np.asarray(up.feats)[int(sites.count) :])
+    assert int(down.count) <= int(sites.count)
+
+
+@pytest.mark.slow
+def test_four_dimensions():
+    sites = make((3, 4, 3, 4), 64, count=50)
+    weights = normal(3, 3, 3, 3, 4, 2)
+    out = to_dense(sites.with_feats(sparse_conv(sites.feats, weights, subm_map(sites, 3))))
+    there = np.asarray(to_dense(sites.with_feats(jnp.ones((64, 1)) * sites.used)))
+    np.testing.assert_allclose(out, by_hand(to_dense(sites), weights) * there, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reduce", ["max", slow("mean"), slow("sum")])
+def test_pools_and_their_gradients(reduce):
+    sites = make()
+    out, kernel_map = strided_map(sites, 3, 2)
+    dense, there = np.asarray(to_dense(sites)), np.asarray(to_dense(sites.with_feats(jnp.ones((64, 1)) * sites.used)))
+    padded = np.pad(np.where(there > 0, dense, np.nan), ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=np.nan)
+    want = np.zeros((3, 4, 5, 4))
+    for b, i, j in itertools.product(range(3), range(4), range(5)):
+        window = padded[b, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3].reshape(-1, 4)
+        window = window[~np.isnan(window[:, 0])]
+        if len(window):
+            want[b, i, j] = {"max": np.max, "mean": np.mean, "sum": np.sum}[reduce](window, axis=0)
+    np.testing.assert_allclose(
+        to_dense(out.with_feats(sparse_pool(sites.feats, kernel_map, reduce))), want, rtol=1e-5, atol=1e-6
+    )
+    z = normal(out.capacity, 4)
+    value = lambda feats: jnp.vdot(sparse_pool(feats, kernel_map, reduce), z)  # noqa: E731
+    direction = normal(64, 4) * sites.used
+    numeric = (value(sites.feats + 1e-3 * direction) - value(sites.feats - 1e-3 * direction)) / 2e-3
+    np.testing.assert_allclose(jnp.vdot(jax.grad(value)(sites.feats), direction), numeric, rtol=2e-2, atol=2e-2)
+    np.testing.assert_allclose(sites_global_pool(sites, "sum"), dense.sum((1, 2)), rtol=1e-5, atol=1e-5)
+
+
+def test_an_empty_sample():
+    sites = from_coords(jnp.array([1]), jnp.array([[2]]), jnp.ones((1, 2)), shape=(4,), batch_size=3, capacity=4)
+    for reduce in ("mean", "max", "sum"):
+        np.testing.assert_array_equal(sites_global_pool(sites, reduce), [[0, 0], [1, 1], [0, 0]])
+
+
+def test_a_grid_beyond_what_a_batch_of_keys_could_hold():
+    shape = (40_000, 40_000)  # 1.6e9 places a sample: three samples have more than 2^31
+    batch, coords = jnp.array([0, 2, 2, 1]), jnp.array([[5, 5], [39_999, 39_998], [39_999, 39_999], [0, 0]])
+    sites = from_coords(batch, coords, jnp.arange(1.0, 5.0)[:, None], shape=shape, batch_size=3, capacity=6)
+    np.testing.assert_array_equal(sites.coords[:4], [[5, 5], [0, 0], [39_999, 39_998], [39_999, 39_999]])
+    out = sparse_conv(sites.feats, jnp.ones((3, 3, 1, 1)), subm_map(sites, 3))
+    np.testing.assert_array_equal(out[:, 0], [1, 4, 5, 5, 0, 0])
+    with pytest.raises(ValueError, match="2500000000 places"):
+        from_coords(batch, coords, jnp.ones((4, 1)), shape=(50_000, 50_000), batch_size=1, capacity=4)
+
+
+def test_errors_name_what_is_wrong():
+    sites = make()
+    with pytest.raises(ValueError, match="needs odd sides"):
+        subm_map(sites, 2)
+    with pytest.raises(ValueError, match="duplicates is 'last'"):
+        from_coords(*points((7, 9)), shape=(7, 9), batch_size=3, capacity=64, duplicates="last")
+    with pytest.raises(ValueError, match=r"weights have shape \(4, 4, 5\)"):
+        sparse_conv(sites.feats, normal(2, 2, 4, 5), subm_map(sites, 3))
+    with pytest.raises(ValueError, match="groups must divide"):
+        sparse_conv(sites.feats, normal(3, 3, 4, 5), subm_map(sites, 3), groups=2)
+    with pytest.raises(ValueError, match="implementation is 'fast'"):
+        sparse_conv(sites.feats, normal(3, 3, 4, 5), subm_map(sites, 3), implementation="fast")
+    with pytest.raises(ValueError, match="mask has shape"):
+        from_mask(jnp.ones((2, 3, 1)), jnp.ones((2, 4), bool), capacity=3)
