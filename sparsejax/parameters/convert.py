@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from sparsejax.masks.block import Block
 from sparsejax.masks.nm import NM
 from sparsejax.masks.paths import is_stored, map_with_names, named_leaves
-from sparsejax.masks.rules import LeafPlan, Rules, resolve
+from sparsejax.masks.rules import LeafPlan, resolve
 from sparsejax.masks.unstructured import Unstructured
 from sparsejax.parameters.nm_sparse import store_nm
 from sparsejax.parameters.slots import slots_for, store_blocks
@@ -50,7 +50,7 @@ def to_sparse(params, masks, structure_or_rules, *, capacity: float | None = Non
     rules, structure = (None, structure_or_rules) if one else (structure_or_rules, Unstructured())
     if one and not isinstance(structure, Block | NM):
         raise ValueError(f"{structure} cannot be stored; only Block(...) and NM(...) can")
-    plan = {leaf.path: leaf for leaf in resolve(params, _as_rules(rules), structure)}
+    plan = {leaf.path: leaf for leaf in resolve(params, rules, structure)}
     chosen = {path: leaf for path, leaf in plan.items() if isinstance(leaf.structure, Block | NM)}
     given = None if masks is None else dict(named_leaves(masks))
     if given is not None:
@@ -71,10 +71,6 @@ def to_sparse(params, masks, structure_or_rules, *, capacity: float | None = Non
         return _store(leaf, mask, chosen[path], capacity)
 
     return map_with_names(store, params, is_leaf=is_stored)
-
-
-def _as_rules(rules):
-    return rules if rules is None or isinstance(rules, Rules) else dict(rules)
 
 
 def _store(array, mask, leaf: LeafPlan, capacity):

@@ -91,7 +91,12 @@ def compare(algorithm, structure, dtype):
 
 @pytest.mark.parametrize(
     ("name", "structure"),
-    [(name, Block((8, 8))) for name in ALGORITHMS] + [("rigl", Block((8, 8), "l2", groups=2))],
+    [
+        ("rigl", Block((8, 8), "l2", groups=2)),
+        ("set", Block((8, 8))),
+        pytest.param("rigl", Block((8, 8)), marks=pytest.mark.slow),
+        pytest.param("gradual", Block((8, 8)), marks=pytest.mark.slow),
+    ],
 )
 def test_masks_are_identical_and_weights_within_rounding(name, structure):
     with jax.enable_x64(True):
@@ -101,6 +106,7 @@ def test_masks_are_identical_and_weights_within_rounding(name, structure):
     assert gap < 1e-9
 
 
+@pytest.mark.slow
 def test_float32_stays_close():
     structure = Block((8, 8))
     equal, _, gap = compare(ALGORITHMS["rigl"](structure=structure), structure, jnp.float32)

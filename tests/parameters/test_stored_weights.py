@@ -27,9 +27,7 @@ def weight(shape, structure, sparsity=0.5, seed=0, **options):
     return array * mask, to_sparse({"kernel": array}, {"kernel": mask}, rules, **options)["kernel"]
 
 
-@pytest.mark.parametrize(
-    ("shape", "block", "sparsity"), [((16, 12), (4, 4), 0.4), ((10, 7), (4, 3), 0.0), ((13, 15), (2, 4), 0.9)]
-)
+@pytest.mark.parametrize(("shape", "block", "sparsity"), [((16, 12), (4, 4), 0.4), ((13, 15), (2, 4), 0.9)])
 def test_the_way_there_and_back_is_exact(shape, block, sparsity):
     dense, stored = weight(shape, Block(block), sparsity)
     assert isinstance(stored, BlockSparse)
@@ -88,7 +86,7 @@ def test_edges_are_zero_and_get_no_gradient():
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(grads.lists))
 
 
-@pytest.mark.parametrize("pooling", ["mean", "max", "l2"])
+@pytest.mark.parametrize("pooling", ["mean", "max"])
 def test_the_probe_measures_every_block_when_it_is_asked_to(pooling):
     structure = Block((4, 4), pooling)
     dense, stored = weight((10, 12), structure)
