@@ -1,0 +1,51 @@
+"""What is watched of a run on its machines."""
+
+import os
+import signal
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from experiments.chips import peak_flops
+from experiments.machines import Machines, PreemptionNotice, Speed
+
+
+def test_speed_leaves_out_the_steps_that_compile():
+    speed = Speed(examples=8)
+    with speed.over(5):
+        time.sleep(0.2)
+    assert speed.record(100, 300, 5, None) == {}
+    with speed.over(10):
+        time.sleep(0.1)
+    found = speed.record(100, 300, 15, peak=1e6)
+    assert 20 < found["steps_per_second"] <= 100
+    for name, factor in [
+        ("examples_per_second", 8),
+        ("dense_flops_per_second", 100),
+        ("sparse_flops_per_second", 20),
+        ("mfu_dense", 100 / 1e6),
+        ("mfu_sparse", 20 / 1e6),
+    ]:
+        assert found[name] == pytest.approx(factor * found["steps_per_second"], rel=2e-3), name
+
+
+def test_the_peak_is_known_of_known_chips_only():
+    v5p, other = SimpleNamespace(device_kind="TPU v5"), SimpleNamespace(device_kind="cpu")
+    assert peak_flops([v5p, v5p]) == 2 * 459e12
+    assert peak_flops([v5p, other]) is None
+
+
+def test_notice_is_taken_while_training_only():
+    before = signal.getsignal(signal.SIGTERM)
+    with PreemptionNotice() as noticed:
+        assert not noticed(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert noticed(2)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_one_device_needs_no_mesh():
+    assert Machines().layout() is None
+    assert Machines().first
+    assert Machines((1, 1, 1), "explicit").layout().explicit
