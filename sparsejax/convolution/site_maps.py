@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.sparse_conv import PairLists, from_table
 from sparsejax.convolution.shapes import output_shape, pads, per_dimension
@@ -68,12 +69,8 @@ def subm_map(sites: Sites, kernel: int | Sequence[int], *, dilation: int | Seque
         raise ValueError(
             f"kernel is {window}; a submanifold convolution needs odd sides, use strided_map for even ones"
         )
-    coords, used = sites.coords, sites.used[:, 0]
-    columns = []
-    for tap in taps(window):
-        at = coords + jnp.array([(t - size // 2) * d for t, size, d in zip(tap, window, spread, strict=True)])
-        columns.append(_rows(sites, sites.batch, at, used, grid))
-    fwd = jnp.stack(columns, axis=1)
+    reach = (taps(window) - np.array(window) // 2) * np.array(spread)
+    fwd = _rows(sites, sites.batch, sites.coords + reach[:, None], sites.used[:, 0], grid)
     return KernelMap(fwd, fwd[:, ::-1], from_table(fwd, sites.capacity, sites.count, sites.count))
 
 
@@ -98,8 +95,8 @@ def strided_map(
         padding: (low, high) for each dimension, one number for all, or "SAME". None is "SAME", but where kernel equals
             stride all padding is at the end: site i goes to i // stride, and none is lost.
         dilation: distance of the taps.
-        capacity: rows of the output; by default always enough: as many as the input's where kernel equals stride, else
-            times the number of outputs that one site can reach, at most all places.
+        capacity: rows of the output; by default always enough: those of the input times the number of outputs that one
+            site can reach (one where kernel equals stride), at most all places.
         grid: as in `subm_map`.
 
     Returns:
@@ -121,42 +118,38 @@ def strided_map(
     out_shape = output_shape(shape, window, step, spread, around)
     check_shape(out_shape)
     if capacity is None:
-        reach = math.prod(1 if k == s else -(-k // s) for k, s in zip(window, step, strict=True))
-        capacity = min(sites.capacity * reach, sites.batch_size * math.prod(out_shape))
-    low, strides = jnp.array([pad for pad, _ in around]), jnp.array(step)
-    coords, used = sites.coords, sites.used[:, 0]
-    reached, valid = [], []
-    for tap in taps(window):
-        at = coords + low - jnp.array(tap) * jnp.array(spread)
-        out = at // strides
-        valid.append(used & jnp.all(at % strides == 0, axis=-1) & inside(out, out_shape))
-        reached.append(jnp.where(valid[-1][:, None], out, 0))
-    there, keys = jnp.stack(valid, axis=1), jnp.stack([ravel(out, out_shape) for out in reached], axis=1)
-    batch = jnp.broadcast_to(sites.batch[:, None], there.shape)
+        # Taps that let a site reach an output repeat with a period, shorter if stride and dilation share a factor.
+        periods = (s // math.gcd(s, d) for s, d in zip(step, spread, strict=True))
+        most = math.prod(-(-side // period) for side, period in zip(window, periods, strict=True))
+        capacity = min(sites.capacity * most, sites.batch_size * math.prod(out_shape))
+    low, steps = np.array([pad for pad, _ in around]), np.array(step)
+    reach = (taps(window) * np.array(spread))[:, None]
+    at = sites.coords + low - reach
+    reached = at // steps
+    there = sites.used[:, 0] & jnp.all(at % steps == 0, axis=-1) & inside(reached, out_shape)
+    reached = jnp.where(there[..., None], reached, 0)
     out_batch, out_keys, count, overflow = unique(
-        jnp.where(there, batch, sites.batch_size).reshape(-1),
-        jnp.where(there, keys, LAST_KEY).reshape(-1),
+        jnp.where(there, sites.batch, sites.batch_size).reshape(-1),
+        jnp.where(there, ravel(reached, out_shape), LAST_KEY).reshape(-1),
         sites.batch_size,
         capacity,
     )
     nothing = jnp.zeros((capacity, 0), sites.feats.dtype)
     out = Sites(out_batch, out_keys, nothing, count, overflow | sites.overflow, out_shape, sites.batch_size)
-    bwd = jnp.stack([_rows(out, sites.batch, at, ok, grid) for at, ok in zip(reached, valid, strict=True)], axis=1)
-    origins, used = out.coords * strides - low, out.used[:, 0]
-    fwd = jnp.stack(
-        [_rows(sites, out.batch, origins + jnp.array(tap) * jnp.array(spread), used, grid) for tap in taps(window)],
-        axis=1,
-    )
+    bwd = _rows(out, sites.batch, reached, there, grid)
+    fwd = _rows(sites, out.batch, out.coords * steps - low + reach, out.used[:, 0], grid)
     return out, KernelMap(fwd, bwd, from_table(fwd, sites.capacity, sites.count, out.count))
 
 
-def taps(window: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The taps of a kernel in the order of its weights reshaped to (taps, in, out)."""
-    return list(itertools.product(*(range(size) for size in window)))
+def taps(window: tuple[int, ...]) -> np.ndarray:
+    """The taps of a kernel, int (taps, dimensions), in the order of its weights reshaped to (taps, in, out)."""
+    return np.array(list(itertools.product(*(range(size) for size in window))))
 
 
 def _rows(sites: Sites, batch, coords, wanted, grid) -> jax.Array:
+    """The rows at coordinates (taps, n, dimensions) of samples (n,), as a table (n, taps)."""
     wanted = wanted & inside(coords, sites.shape)
-    keys = ravel(jnp.where(wanted[:, None], coords, 0), sites.shape)
+    keys = ravel(jnp.where(wanted[..., None], coords, 0), sites.shape)
+    batch = jnp.broadcast_to(batch, keys.shape)
     size = math.prod(sites.shape)
-    return look_up(sites.batch, sites.keys, sites.batch_size, size, batch, keys, wanted, grid=grid)
+    return look_up(sites.batch, sites.keys, sites.batch_size, size, batch, keys, wanted, grid=grid).T

@@ -139,6 +139,16 @@ def test_strided_equals_dense_everywhere_and_capacity_does_not_matter(kernel):
     assert not np.any(np.asarray(results[0].feats)[int(results[0].count) :])
 
 
+@pytest.mark.slow
+def test_the_default_capacity_is_enough_with_dilation():
+    sites = make((12, 12), 60, count=60)
+    out, kernel_map = convolution.strided_map(sites, 3, 2, dilation=2)
+    check_overflow(out)
+    weights = normal(3, 3, 4, 2)
+    dense = to_dense(out.with_feats(sparse_conv(sites.feats, weights, kernel_map)))
+    np.testing.assert_allclose(dense, by_hand(to_dense(sites), weights, 2, 2), rtol=1e-5, atol=1e-5)
+
+
 def test_active_set_stays_and_inverse_restores_it():
     sites = make()
     down, kernel_map = strided_map(sites, 2, 2)

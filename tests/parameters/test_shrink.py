@@ -165,7 +165,8 @@ def test_a_group_that_stays_cannot_be_pruned():
 ACTIVATIONS = (jax.nn.relu, jnp.tanh, jax.nn.sigmoid, jax.nn.gelu)
 
 
-@settings(deadline=None, max_examples=3)
+@pytest.mark.slow
+@settings(deadline=None, max_examples=12)
 @given(st.integers(0, 10**6), st.lists(st.integers(2, 6), min_size=1, max_size=3), st.booleans())
 def test_random_nets_with_random_masks(seed, widths, residual):
     random = np.random.default_rng(seed)
