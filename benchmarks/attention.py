@@ -1,15 +1,15 @@
 """Block-sparse attention on the CPU against torch (dense and FlexAttention), and against itself at density 1.
 
-    python benchmarks/attention.py                       torch from this interpreter
-    python benchmarks/attention.py --peer PYTHON         torch from another one
-    python benchmarks/attention.py --peer none           JAX only
+    python benchmarks/attention.py --peer PYTHON                              everything; PYTHON has torch
+    python benchmarks/attention.py --parts torch --tokens 4096 --blocks 64    a piece of it
+    python benchmarks/attention.py --output benchmarks/results/NAME.json      keeps what was measured, piece by piece
 
 Ratios are how many times faster ours is, medians over rounds in which the programs take turns. `x density` multiplies
-by the
-density: 1 is time exactly in proportion to the tiles. `goal` columns are what the ratio is meant to reach.
+by the density: 1 is time exactly in proportion to the tiles. `goal` columns are what is meant to be reached.
 """
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -21,11 +21,17 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from measure import report
+from measure import machine, report
 
 from pallas_kernels.block_sparse_attention import block_sparse_attention, explain, from_tiles
 
 DIM = 64
+TABLES = {
+    "torch": "attention in C++ against torch",
+    "xla": "attention by XLA alone",
+    "memory": "memory of attention with gradients",
+    "decode": "attention of one query to selected pages",
+}
 
 
 def random_tiles(heads: int, blocks: int, density: float) -> np.ndarray:
@@ -52,29 +58,26 @@ def skewed_tiles(kind: str, heads: int, blocks: int) -> np.ndarray:
 class Peer:
     """The torch process; without one it knows no functions."""
 
-    def __init__(self, python: str, tokens: int, block: int, heads: int, tiles: np.ndarray, folder: str):
+    def __init__(self, python: str, tokens: int = 0, block: int = 0, masks: dict[str, np.ndarray] | None = None):
         self.names: list[str] = []
         self.process = None
         if python == "none":
             return
-        np.save(Path(folder) / "tiles.npy", tiles)
+        heads = next(iter(masks.values())).shape[0]
         options = {"tokens": tokens, "block": block, "heads": heads, "dim": DIM, "threads": os.cpu_count()}
-        command = [
-            python,
-            str(Path(__file__).with_name("attention_peer.py")),
-            "--tiles",
-            str(Path(folder) / "tiles.npy"),
-        ]
-        for name, value in options.items():
-            command += [f"--{name}", str(value)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.names = self.read("ready").split()
+        with tempfile.TemporaryDirectory() as folder:
+            np.savez(Path(folder) / "tiles.npz", **masks)
+            command = [python, str(Path(__file__).with_name("attention_peer.py")), "--tiles", f"{folder}/tiles.npz"]
+            for name, value in options.items():
+                command += [f"--{name}", str(value)]
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            self.names = self.read("ready").split(",")
 
     def read(self, word: str) -> str:
         """The rest of the next line that begins with `word`."""
         while line := self.process.stdout.readline():
             if line.startswith(word + " "):
-                return line[len(word) + 1 :]
+                return line[len(word) + 1 :].strip()
         raise SystemExit("the torch process ended; is torch installed there? Name another interpreter with --peer")
 
     def seconds(self, name: str) -> float:
@@ -95,7 +98,7 @@ def seconds(function) -> float:
     jax.block_until_ready(function())
     timings = []
     begin = time.perf_counter()
-    while len(timings) < 3 or time.perf_counter() - begin < 0.1:
+    while len(timings) < 3 or (time.perf_counter() - begin < 0.1 and len(timings) < 20):
         start = time.perf_counter()
         jax.block_until_ready(function())
         timings.append(time.perf_counter() - start)
@@ -131,75 +134,112 @@ def compiled(implementation: str, tiles: np.ndarray, tokens: int, block: int, gr
     def run(q, k, v, lists):
         return block_sparse_attention(q, k, v, lists, implementation=implementation)
 
+    def loss(q, k, v, lists, g):
+        return (run(q, k, v, lists) * g).sum()
+
     if gradients:
-        step = jax.jit(jax.value_and_grad(lambda q, k, v, lists: (run(q, k, v, lists) * g).sum(), argnums=(0, 1, 2)))
-    else:
-        step = jax.jit(run)
+        step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))).lower(q, k, v, lists, g).compile()
+        return lambda: step(q, k, v, lists, g)
+    step = jax.jit(run).lower(q, k, v, lists).compile()
     return lambda: step(q, k, v, lists)
 
 
-def against_torch(
-    sizes: list[tuple[int, int]], densities: list[float], heads: int, peer: str, rounds: int
-) -> list[dict]:
-    """The native path against torch, one row for each size, block and density."""
+def against_torch(tokens: int, block: int, densities: list[float], heads: int, peer: str, rounds: int) -> list[dict]:
+    """The native path against torch, one row for each density."""
+    masks = {str(density): random_tiles(heads, tokens // block, density) for density in densities}
+    ours = {}
+    for name, tiles in masks.items():
+        ours[f"native {name}"] = compiled("native", tiles, tokens, block, False)
+        ours[f"native both {name}"] = compiled("native", tiles, tokens, block, True)
+    torch = Peer(peer, tokens, block, masks)
+    timings = take_turns(ours, torch, rounds)
+    torch.close()
     rows = []
-    for tokens, block in sizes:
-        for density in densities:
-            tiles = random_tiles(heads, tokens // block, density)
-            real = float(tiles.mean())
-            with tempfile.TemporaryDirectory() as folder:
-                torch = Peer(peer, tokens, block, heads, tiles, folder)
-                ours = {
-                    "native": compiled("native", tiles, tokens, block, False),
-                    "native both": compiled("native", tiles, tokens, block, True),
-                }
-                timings = take_turns(ours, torch, rounds)
-                torch.close()
-            row = {
-                "tokens": tokens,
-                "block": block,
-                "density": real,
-                "native ms": statistics.median(timings["native"]) * 1e3,
-            }
-            if "forward" in timings:
-                far = tokens >= 4096
-                row["forward / torch dense"] = ratio(timings, "forward", "native")
-                row["x density"] = row["forward / torch dense"] * real
-                row["goal"] = 1.3 if far else 1.0 if real < 0.1 else 0.0
-                row["with gradients"] = ratio(timings, "both", "native both")
-                row["x density "] = row["with gradients"] * real
-                row["goal "] = 1.1 if far else 0.0
-            if "flex" in timings:
-                row["forward / flex"] = ratio(timings, "flex", "native")
-                row["goal  "] = 1.5 if far else 1.3 if real < 0.1 else 0.0
-            rows.append(row)
-            print(" ".join(f"{k.strip()}={v:.3g}" for k, v in row.items()), flush=True)
+    for name, tiles in masks.items():
+        real, far = float(tiles.mean()), tokens >= 4096
+        row = {"tokens": tokens, "block": block, "density": real}
+        row["native ms"] = statistics.median(timings[f"native {name}"]) * 1e3
+        row["with gradients ms"] = statistics.median(timings[f"native both {name}"]) * 1e3
+        if "forward" in timings:
+            row["torch ms"] = statistics.median(timings["forward"]) * 1e3
+            row["torch with gradients ms"] = statistics.median(timings["both"]) * 1e3
+            row["torch / native x density"] = ratio(timings, "forward", f"native {name}") * real
+            row["goal"] = 1.3 if far else 1.0 if real < 0.1 else None
+            row["with gradients: x density"] = ratio(timings, "both", f"native both {name}") * real
+            row["goal "] = 1.1 if far else None
+        if f"flex {name}" in timings:
+            row["flex / native"] = ratio(timings, f"flex {name}", f"native {name}")
+            row["goal  "] = 1.5 if far else 1.3 if real < 0.1 else None
+        rows.append(row)
     return rows
 
 
-def xla_alone(sizes: list[tuple[int, int]], densities: list[float], heads: int, rounds: int) -> list[dict]:
+def xla_alone(tokens: int, block: int, densities: list[float], heads: int, rounds: int) -> list[dict]:
     """The XLA path against itself at density 1 and against jax's dense attention."""
+    blocks = tokens // block
+    kinds = {f"equal {density}": random_tiles(heads, blocks, density) for density in densities}
+    kinds |= {kind: skewed_tiles(kind, heads, blocks) for kind in ("causal", "window+global", "zipf")}
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 1, tokens, heads, DIM))
+    dense = jax.jit(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, implementation="xla"))
+    ours = {
+        "full": compiled("xla", np.ones((heads, blocks, blocks), bool), tokens, block, False),
+        "dense": lambda: dense(q, k, v),
+    }
+    ours |= {kind: compiled("xla", tiles, tokens, block, False) for kind, tiles in kinds.items()}
+    timings = take_turns(ours, Peer("none"), rounds)
     rows = []
-    nobody = Peer("none", 0, 0, 0, np.zeros(0), "")
-    for tokens, block in sizes:
-        blocks = tokens // block
-        kinds = {f"equal {density}": random_tiles(heads, blocks, density) for density in densities}
-        kinds |= {kind: skewed_tiles(kind, heads, blocks) for kind in ("causal", "window+global", "zipf")}
-        q = jnp.asarray(np.random.default_rng(0).standard_normal((1, tokens, heads, DIM), dtype=np.float32))
-        dense = jax.jit(lambda q: jax.nn.dot_product_attention(q, q, q, implementation="xla"))
-        for kind, tiles in kinds.items():
-            ours = {
-                "sparse": compiled("xla", tiles, tokens, block, False),
-                "full": compiled("xla", np.ones_like(tiles), tokens, block, False),
-                "dense": lambda q=q, dense=dense: dense(q),
+    for kind, tiles in kinds.items():
+        real, full = float(tiles.mean()), ratio(timings, "full", kind)
+        goal = 0.75 if kind.startswith("equal") else 0.5 if kind != "zipf" else None
+        rows.append(
+            {
+                "tokens": tokens,
+                "block": block,
+                "rows": kind,
+                "density": real,
+                "ms": statistics.median(timings[kind]) * 1e3,
             }
-            timings = take_turns(ours, nobody, rounds)
-            real = float(tiles.mean())
-            full = ratio(timings, "full", "sparse")
-            goal = 0.75 if kind.startswith("equal") else 0.5 if kind != "zipf" else 0.0
+            | {"full / sparse": full, "x density": full * real, "goal": goal}
+            | {"jax dense / sparse": ratio(timings, "dense", kind), "goal ": 1.0 if real <= 0.5 else None}
+        )
+    return rows
+
+
+def peak_of_one(implementation: str, tokens: int, block: int, heads: int, each: int) -> None:
+    """Prints by how many bytes one call with gradients raises the memory of this process at its peak."""
+    tiles = random_tiles(heads, tokens // block, each * block / tokens)
+    step = compiled(implementation, tiles, tokens, block, True)
+
+    def status(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    before = status("VmRSS")
+    jax.block_until_ready(step())
+    print("peak", status("VmHWM") - before)
+
+
+def memory(sizes: list[int], block: int, heads: int, each: int = 8) -> list[dict]:
+    """Peak memory of a call with gradients at a fixed number of blocks a row, each in a process of its own (Linux)."""
+    rows = []
+    for implementation in ("native", "xla"):
+        for tokens in sizes:
+            arguments = [implementation, *map(str, (tokens, block, heads, each))]
+            done = subprocess.run(
+                [sys.executable, __file__, "--one-peak", *arguments], capture_output=True, text=True, check=True
+            )
+            peak = int(next(line for line in done.stdout.splitlines() if line.startswith("peak ")).split()[1])
+            arrays = 8 * tokens * heads * DIM * 4
             rows.append(
-                {"tokens": tokens, "block": block, "rows": kind, "density": real, "sparse / full": full}
-                | {"x density": full * real, "goal": goal, "sparse / jax dense": ratio(timings, "dense", "sparse")}
+                {
+                    "path": implementation,
+                    "tokens": tokens,
+                    "block": block,
+                    "blocks a row": each,
+                    "peak MiB": peak / 2**20,
+                }
+                | {"bytes a token": peak / tokens, "in sizes of q, k, v, o and gradients": peak / arrays}
             )
     return rows
 
@@ -216,47 +256,82 @@ def decode(pages: int, page: int, heads: int, kv_heads: int, rounds: int) -> lis
         return block_sparse_attention(q, k, v, lists, page_table=table)
 
     ours = {}
-    counts = [2**n for n in range(4, pages.bit_length())]
+    counts = [2**n for n in range(6, pages.bit_length())]
     for count in counts:
         tiles = np.zeros((kv_heads, 1, pages), bool)
         for h in range(kv_heads):
             tiles[h, 0, r.choice(pages, count, replace=False)] = True
         lists = jax.tree.map(jnp.asarray, from_tiles(tiles, bq=1, bk=page, q_len=1, kv_len=pages * page))
         ours[str(count)] = lambda lists=lists: step(q, k, v, table, lists)
-    timings = take_turns(ours, Peer("none", 0, 0, 0, np.zeros(0), ""), rounds)
+    timings = take_turns(ours, Peer("none"), rounds)
     return [
-        {"pages": count, "of": pages, "microseconds": statistics.median(timings[str(count)]) * 1e6}
+        {"pages": count, "of": pages, "page": page, "microseconds": statistics.median(timings[str(count)]) * 1e6}
         | {"faster than all pages": ratio(timings, str(counts[-1]), str(count)), "fewer pages": counts[-1] / count}
         for count in counts
     ]
 
 
+def keep(path: Path, part: str, rows: list[dict], keys: tuple[str, ...]) -> None:
+    """Puts rows into the file, in the place of older ones of the same `keys`, and all tables beside it as text."""
+    found = json.loads(path.read_text()) if path.exists() else {"machine": machine()}
+    old = found.setdefault(part, [])
+    new = {tuple(row.get(key) for key in keys) for row in rows}
+    rows = [row for row in old if tuple(row.get(key) for key in keys) not in new] + rows
+    found[part] = sorted(rows, key=lambda row: [row.get(key) or 0 for key in ("tokens", "block")])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    lines = ["# Block-sparse attention on the CPU", "", __doc__.split("\n\n")[-1].strip(), ""]
+    lines += [
+        ", ".join(f"{name} {value}" for name, value in found["machine"].items()) + ", heads of 64 in float32.",
+        "",
+    ]
+    for name, title in TABLES.items():
+        if name not in found:
+            continue
+        columns = list(dict.fromkeys(key for row in found[name] for key in row))
+        lines += [f"## {title[0].upper()}{title[1:]}", ""]
+        lines += ["| " + " | ".join(key.strip() for key in columns) + " |", "|" + "---|" * len(columns)]
+        for row in found[name]:
+            cells = (row.get(key) for key in columns)
+            shown = ("" if x is None else f"{x:.3g}" if isinstance(x, float) else str(x) for x in cells)
+            lines.append("| " + " | ".join(shown) + " |")
+        lines.append("")
+    path.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n")
+
+
 def main() -> None:
     """Runs the measurements and prints their tables."""
+    if sys.argv[1:2] == ["--one-peak"]:
+        peak_of_one(sys.argv[2], *map(int, sys.argv[3:]))
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", default=sys.executable, help="python that has torch, or 'none'")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192])
     parser.add_argument("--blocks", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--densities", type=float, nargs="+", default=[0.5, 0.25, 0.1, 0.05])
     parser.add_argument("--heads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--parts", nargs="+", default=["torch", "xla", "decode"], choices=["torch", "xla", "decode"])
-    parser.add_argument("--output", type=Path, help="folder for the tables as JSON")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--parts", nargs="+", default=list(TABLES), choices=TABLES)
+    parser.add_argument("--output", type=Path, help="JSON file to add to; the tables go beside it as markdown")
     options = parser.parse_args()
-    sizes = [(tokens, block) for tokens in options.tokens for block in options.blocks]
 
-    def show(name: str, rows: list[dict]) -> None:
-        report(name, rows, options.output and options.output / f"{name.replace(' ', '_')}.json")
+    def show(part: str, rows: list[dict], keys: tuple[str, ...]) -> None:
+        report(TABLES[part], [{k: "" if v is None else v for k, v in row.items()} for row in rows], None)
+        if options.output:
+            keep(options.output, part, rows, keys)
 
-    if "torch" in options.parts:
-        show(
-            "attention against torch",
-            against_torch(sizes, options.densities, options.heads, options.peer, options.rounds),
-        )
-    if "xla" in options.parts:
-        show("attention by XLA alone", xla_alone(sizes, options.densities, options.heads, options.rounds))
+    for tokens in options.tokens:
+        for block in options.blocks:
+            size = tokens, block, options.densities, options.heads
+            if "torch" in options.parts:
+                show("torch", against_torch(*size, options.peer, options.rounds), ("tokens", "block", "density"))
+            if "xla" in options.parts:
+                show("xla", xla_alone(*size, options.rounds), ("tokens", "block", "rows"))
+    if "memory" in options.parts:
+        sizes = [2048, 4096, 8192, 16384, 32768]
+        show("memory", memory(sizes, 64, options.heads), ("path", "tokens", "block"))
     if "decode" in options.parts:
-        show("attention decode", decode(2048, 16, 8, 2, options.rounds))
+        show("decode", decode(8192, 16, 8, 2, options.rounds), ("pages", "of"))
 
 
 if __name__ == "__main__":

@@ -27,8 +27,10 @@ MAX_BITS_BYTES = 2**29
 _DECODE_ROWS = 16
 # Keys that a task of the decode kernel has at least.
 _DECODE_KEYS = 1024
-# Tasks of the backward pass, at least; whatever the number of threads, so that sums are always formed alike.
+# Tasks of a pass whose results are added up, whatever the number of threads, so that sums are always formed alike. The
+# backward pass has fewer where rows are short: adding up costs as much as a few tiles a row.
 _TASKS = 8
+_TASKS_OF_SHORT_ROWS = 4
 
 _BITS, _ALIBI, _BLOCK_BIAS = 1, 2, 4
 
@@ -160,7 +162,9 @@ def backward(
     block_shape = (batch, heads, lists.nq, lists.width) if extras.block_bias is not None else (1,)
     alibi_shape = (batch, heads, lists.nq) if extras.alibi is not None else (1,)
     shapes = [q.shape, k.shape, v.shape, block_shape, alibi_shape]
-    attributes["parts"] = np.int64(min(lists.nq, math.ceil(_TASKS / (batch * k.shape[2]))))
+    tiles_a_row = lists.width * heads // k.shape[2]
+    tasks = min(_TASKS, max(_TASKS_OF_SHORT_ROWS, tiles_a_row))
+    attributes["parts"] = np.int64(min(lists.nq, math.ceil(tasks / (batch * k.shape[2]))))
     saved = (o.astype(jnp.float32), lse, do.astype(jnp.float32), dlse)
     dq, dk, dv, dblock, dalibi = _call("bsa_backward", shapes, (*operands, *saved), attributes)
     grads = Extras()
