@@ -75,11 +75,17 @@ def train_dense(config: Training, *, progress: bool = True) -> Trained:
     Returns:
         The model, held-out windows, and more training batches.
     """
+    for name in ("steps", "batch_size", "depth", "heads", "heldout_windows"):
+        if getattr(config, name) < 1:
+            raise UsageError(f"{name} is {getattr(config, name)}; it must be 1 or more")
     if config.width % config.heads:
         raise UsageError(f"heads is {config.heads}, which does not divide the width of {config.width}")
     names = [field.name for field in dataclasses.fields(Training) if field.name not in ("seed", "output")]
     base = dataclasses.replace(bytes_lm.EXPERIMENT.config, **{name: getattr(config, name) for name in names})
-    task = bytes_lm.task(base)
+    try:
+        task = bytes_lm.task(base)
+    except ValueError as error:  # too few bytes
+        raise UsageError(str(error)) from error
     # Attention without the matrix of all pairs trains several times faster here, and computes the same.
     model = with_attention(bytes_lm.model(base, nnx.Rngs(config.seed)), lambda _: causal_attention(config))
     optimizer = nnx.Optimizer(model, bytes_lm.optimizer(base), wrt=nnx.Param)

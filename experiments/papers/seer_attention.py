@@ -67,6 +67,9 @@ def run(config: Config, *, progress: bool = True) -> dict[str, list[dict]]:
     """
     if config.length % config.block:
         raise UsageError(f"block is {config.block}, which does not divide the length of {config.length}")
+    for name in ("densities", "timed_densities"):
+        if not all(0 < density <= 1 for density in getattr(config, name)):
+            raise UsageError(f"{name} are {getattr(config, name)}; each must be above 0 and at most 1")
     model, windows, batches = train_dense(config, progress=progress)
     gates = train_gates(model, batches(config.seed + 1), config, progress=progress)
     tables = {"quality": compare(model, gates, windows, config, progress=progress)}

@@ -49,6 +49,9 @@ def test_seer_attention_with_every_block_is_dense(tmp_path):
     [
         (["quest", "--prompt", "600"], "prompt=600 must be above 0 and below length=512"),
         (["seer_attention", "--block", "60"], "block is 60, which does not divide the length of 512"),
+        (["seer_attention", "--densities", "1.5"], "densities are (1.5,); each must be above 0 and at most 1"),
+        (["quest", "--steps", "0"], "steps is 0; it must be 1 or more"),
+        (["quest", "--max-bytes", "1"], "falls into the training part"),
         (["quest", "--heads", "3"], "heads is 3, which does not divide the width of 128"),
     ],
 )
