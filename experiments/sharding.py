@@ -48,8 +48,8 @@ class Layout:
 
     Example:
         >>> layout = Layout(make_mesh((1, 1, 1)))
-        >>> layout.spec("blocks/0/up/kernel", (64, 256))
-        PartitionSpec('fsdp', 'tensor')
+        >>> tuple(layout.spec("blocks/0/up/kernel", (64, 256)))
+        ('fsdp', 'tensor')
     """
 
     mesh: Mesh

@@ -98,12 +98,14 @@ class Variant:
             raise UsageError(
                 f"batch_size is {self.config.batch_size}; the mesh's data x fsdp, {layout.batch_shards}, must divide it"
             )
+        if self.name in BEFORE_TRAINING and layout.explicit:
+            raise UsageError(f"{self.name} finds masks under automatic sharding only: pass --axis-types auto")
         self._params_placed, whole = layout.of_params(params), layout.sharding()
         self._rest_placed = jax.tree.map(lambda _: whole, rest)
         self.placed = layout.of_state(self._abstract, params)
-        self._make_variables = self._in_context(
-            jax.jit(layout.automatically(self._make_variables, out=(self._params_placed, self._rest_placed)))
-        )
+        placed = (self._params_placed, self._rest_placed)
+        make = layout.automatically(self._make_variables, out=placed)
+        self._make_variables = self._in_context(jax.jit(make, out_shardings=placed))
         self._make_state = self._in_context(jax.jit(self._state, out_shardings=self.placed))
         results = (self.placed, (whole, whole))
         self._step = jax.jit(self.step, donate_argnums=0, out_shardings=results)
