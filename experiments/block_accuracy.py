@@ -3,7 +3,7 @@
 usage: python -m experiments.block_accuracy [--output FOLDER] [--keep FILE] [--seeds 0 ...]
 
 Trains a small byte-level transformer under each method at 80, 90 and 95 % sparsity, and dense ones: of the same size,
-and of as many parameters as each sparse network keeps. What is finished in the folder is not trained again. Prints a
+and of as many parameters as each sparse network keeps. What is finished in the folder is not trained again, and what was interrupted goes on. Prints a
 table of held-out bits per byte, and keeps it as JSON with --keep.
 """
 
@@ -76,7 +76,7 @@ def final(folder: Path, algorithm: str, config, seed: int) -> dict:
     if done:
         return done[0]
     folder.mkdir(parents=True, exist_ok=True)
-    return train(Variant(EXPERIMENT, config, algorithm, _task()), folder, seed, resume=False, progress=False)
+    return train(Variant(EXPERIMENT, config, algorithm, _task()), folder, seed, resume=True, progress=False)
 
 
 @functools.cache
