@@ -3,8 +3,8 @@
 usage: python -m experiments.block_accuracy [--output FOLDER] [--keep FILE] [--seeds 0 ...]
 
 Trains a small byte-level transformer under each method at 80, 90 and 95 % sparsity, and dense ones: of the same size,
-and of as many parameters as each sparse network keeps. What is finished in the folder is not trained again, and what was interrupted goes on. Prints a
-table of held-out bits per byte, and keeps it as JSON with --keep.
+and of as many parameters as each sparse network keeps. What is finished in the folder is not trained again, and what
+was interrupted goes on. Prints a table of held-out bits per byte, and keeps it as JSON with --keep.
 """
 
 import argparse
