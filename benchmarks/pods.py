@@ -43,7 +43,8 @@ CASES = {
 def row(config: Config, target: Target) -> dict:
     """The figures of one case, for one chip."""
     found = compile_for("byte_pod", config, target)
-    sizes = {kind: size for kind, (_, size) in found["collectives"].items()}
+    known = found["collectives"]
+    exchanged = None if known is None else round(sum(size for _, size in known.values()) / 2**20, 1)
     gib = 2**30
     return {
         "target": found["target"],
@@ -57,7 +58,7 @@ def row(config: Config, target: Target) -> dict:
         "chip_gib": round(found["chip_bytes"] / gib, 1),
         "fits": fits(found),
         "tflops": round(found["flops"] / found["chips"] / 1e12, 2),
-        "collective_mib": round(sum(sizes.values()) / 2**20, 1),
+        "collective_mib": exchanged,
         "scalar_kib": round(found["kernel_scalar_bytes"] / 2**10, 1),
         "compile_seconds": found["compile_seconds"],
     }
