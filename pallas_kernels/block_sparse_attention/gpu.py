@@ -147,7 +147,7 @@ def _logits(plan: _Plan, r, s, b, q_head, own_start, start, at, masked):
         distance = jnp.abs(vector("q_pos") - vector("kv_pos")).astype(jnp.float32)
         s = s - distance * (r["alibi"][q_head] * LOG2E)
     if plan.block_bias:
-        s = s + r["block_bias"][(*plan.list_at(b, q_head), at)] * LOG2E
+        s = s + r["block_bias"][at] * LOG2E
     keep = None
     if masked and plan.elem is not None:
         payload = {}
@@ -186,10 +186,10 @@ def _consume(plan: _Plan, part, total, base, step, carry):
     return lax.fori_loop(split, end, functools.partial(piece, False), carry)
 
 
-def _token(plan: _Plan, r, where, first, j):
-    """First token of a list's j-th piece, and the index of its block."""
+def _token(plan: _Plan, r, first, j):
+    """First token of a list's j-th piece, and where its block stands among all lists."""
     at = first + lax.div(j, jnp.int32(plan.pieces))
-    return r["idx"][(*where, at)] * plan.block + lax.rem(j, jnp.int32(plan.pieces)) * plan.chunk, at
+    return r["idx"][at] * plan.block + lax.rem(j, jnp.int32(plan.pieces)) * plan.chunk, at
 
 
 def _produce(plan: _Plan, ring, sources):
@@ -229,7 +229,7 @@ def _forward_body(plan: _Plan, names, dtype, *refs):
 
         def step(j, slot, masked, carry):
             acc, top, total = carry
-            start, at = _token(plan, r, where, first, j)
+            start, at = _token(plan, r, first, j)
             plgpu.barrier_wait(k_full.at[slot])
             s = _product(plan.shape, q, k_s.at[slot])
             plgpu.barrier_arrive(k_free.at[slot])
@@ -265,7 +265,7 @@ def _forward_body(plan: _Plan, names, dtype, *refs):
 
         @pl.loop(0, total * plan.pieces)
         def _(j):
-            start, _ = _token(plan, r, where, first, j)
+            start, _ = _token(plan, r, first, j)
             fetch(j, lambda name: r[name].at[b, pl.ds(start, plan.chunk), kv_head])
 
 
@@ -292,7 +292,7 @@ def _dq_body(plan: _Plan, names, dtype, *refs):
         plgpu.barrier_wait(own_full.at[worker])
 
         def step(j, slot, masked, acc):
-            start, at = _token(plan, r, where, first, j)
+            start, at = _token(plan, r, first, j)
             plgpu.barrier_wait(k_full.at[slot])
             s = _product(plan.shape, q, k_s.at[slot])
             s, capped = _logits(plan, r, s, b, h, own_start, start, at, masked)
@@ -321,7 +321,7 @@ def _dq_body(plan: _Plan, names, dtype, *refs):
 
         @pl.loop(0, total * plan.pieces)
         def _(j):
-            start, _ = _token(plan, r, where, first, j)
+            start, _ = _token(plan, r, first, j)
             fetch(j, lambda name: r[name].at[b, pl.ds(start, plan.chunk), kv_head])
 
 
@@ -334,10 +334,10 @@ def _dkv_body(plan: _Plan, names, dtype, *refs):
     row = lax.div(i, jnp.int32(plan.own_block // (ROWS * WORKERS)))
 
     def member(g):
-        """The query head, its list, and where that list starts and ends."""
+        """The query head, and where its list starts and ends."""
         h = kv_head * plan.group + g
         where = plan.list_at(b, h)
-        return h, where, *(r[n][(*where, row)] for n in ("ptr", "n_part", "n_tot"))
+        return h, *(r[n][(*where, row)] for n in ("ptr", "n_part", "n_tot"))
 
     own_start = i * (ROWS * WORKERS) + worker * ROWS
     tokens = (b, pl.ds(own_start, ROWS), kv_head)
@@ -347,7 +347,7 @@ def _dkv_body(plan: _Plan, names, dtype, *refs):
     plgpu.barrier_wait(own_full.at[worker])
 
     def of_member(g, carry):
-        h, where, first, part, total = member(g)
+        h, first, part, total = member(g)
         base, dk, dv = carry
         pieces = total * plan.pieces
 
@@ -362,7 +362,7 @@ def _dkv_body(plan: _Plan, names, dtype, *refs):
         def fetch(j):
             @pl.when((worker == 0) & (j < pieces))
             def _():
-                start, _ = _token(plan, r, where, first, j)
+                start, _ = _token(plan, r, first, j)
                 into_slot(base + j, lambda name: source(name, start))
 
         for j in range(plan.stages - 1):
@@ -371,7 +371,7 @@ def _dkv_body(plan: _Plan, names, dtype, *refs):
         def step(j, slot, masked, carry):
             dk, dv = carry
             fetch(j + plan.stages - 1)
-            start, at = _token(plan, r, where, first, j)
+            start, at = _token(plan, r, first, j)
             plgpu.barrier_wait(q_full.at[slot])
             s = _product(plan.shape, k, q_s.at[slot])
             s, capped = _logits(plan, r, s, b, h, own_start, start, at, masked)
@@ -445,6 +445,10 @@ def _operands(plan: _Plan, lists: BlockLists, extras: Extras, batch: int, per_bl
         ptr = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32) * width, (bm, hm, size))
         idx = lists.idx.reshape(bm, hm, size * width)
         found = {"idx": idx, "ptr": ptr, "n_part": lists.n_part, "n_tot": lists.n_tot}
+    # One flat array of all lists, so that a loop over one of them holds a single index in registers.
+    each = found["idx"].shape[-1]
+    found["ptr"] = found["ptr"] + jnp.arange(bm * hm, dtype=jnp.int32).reshape(bm, hm, 1) * each
+    found["idx"] = found["idx"].reshape(-1)
     q_pos, kv_pos = positions(lists)
     values = {**lists.payload, "q_pos": q_pos, "kv_pos": kv_pos}
     for name in plan.names:
@@ -457,7 +461,7 @@ def _operands(plan: _Plan, lists: BlockLists, extras: Extras, batch: int, per_bl
     if plan.alibi:
         found["alibi"] = extras.alibi.astype(jnp.float32)
     if plan.block_bias:
-        found["block_bias"] = per_block.astype(jnp.float32)
+        found["block_bias"] = per_block.astype(jnp.float32).reshape(-1)
     if plan.limited:
         limit = jnp.full((batch,), lists.kv_len, jnp.int32)
         if extras.kv_lengths is not None:
