@@ -1,6 +1,9 @@
 """Sparse training for JAX: masks, prune/regrow algorithms as optax transforms, and what to measure of them."""
 
 from sparsejax import analysis as analysis
+from sparsejax import attention as attention
+from sparsejax import convolution as convolution
+from sparsejax import nn as nn
 from sparsejax.checkpoint import Checkpointer as Checkpointer
 from sparsejax.export import export_stablehlo as export_stablehlo
 from sparsejax.export import load_safetensors as load_safetensors

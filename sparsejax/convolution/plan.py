@@ -37,7 +37,7 @@ def conv_plan(
 ) -> ConvPlan:
     """Chooses the engine; it never runs one, and no engine switches to another by itself.
 
-    The borders between engines were measured on CPU for forward passes in 2-D; elsewhere they are estimates.
+    The borders between engines are estimates for forward passes in 2-D on CPU, not measured with these engines.
 
     Args:
         density: fraction of sites that is active.
