@@ -121,10 +121,11 @@ def make_algorithm(name: Name, config, *, seed=0, masks=None) -> sparsejax.Algor
             return sparsejax.iterative(rate=rate, rounds=rounds, every=max(end // rounds, 1), **where)
         case "cyclic":
             cycles = 3
-            if end < 2 * every * cycles:
+            least = (2 * cycles - 1) * every  # the last cycle ends pruned
+            if end < least:
                 raise UsageError(
-                    f"cyclic takes {cycles} cycles of at least 2 x update_every={every} steps, which do not fit into "
-                    f"{end} of {config.steps} steps; choose a smaller update_every"
+                    f"cyclic takes {cycles} cycles and at least {least} steps at update_every={every}, which do not "
+                    f"fit into {end} of {config.steps} steps; choose a smaller update_every"
                 )
             period = 2 * every * max(end // (2 * every * cycles), 1)
             return sparsejax.cyclic(sparsity, period=period, cycles=cycles, update_every=every, **where)

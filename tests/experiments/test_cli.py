@@ -210,7 +210,7 @@ def test_damaged_folders_are_errors(capsys, tmp_path, monkeypatch, name, content
     [
         (["--hidden", "0"], "layers of (64, 0, 10) features; each needs 1 or more"),
         (["--seeds", "1", "1"], "seeds 1 1: one is given twice"),
-        (["--algorithms", "cyclic"], "cyclic takes 3 cycles of at least 2 x update_every=5 steps"),
+        (["--algorithms", "cyclic"], "cyclic takes 3 cycles and at least 25 steps at update_every=5"),
         (
             ["--algorithms", "iterative", "--steps", "9"],
             "iterative prunes in 10 rounds, which do not fit into 6 of 9 steps",
