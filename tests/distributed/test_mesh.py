@@ -52,7 +52,7 @@ def updated(algorithm, layout: Layout | None):
     ("name", "axis_types"),
     [
         ("rigl", "explicit"),
-        ("blocks", "auto"),
+        pytest.param("blocks", "auto", marks=pytest.mark.slow),
         ("nm", "auto"),
         ("nm", "explicit"),
         pytest.param("rigl", "auto", marks=pytest.mark.slow),

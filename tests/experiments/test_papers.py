@@ -27,6 +27,7 @@ def test_quest_with_every_page_is_dense(tmp_path):
     assert json.loads((tmp_path / "results.json").read_text())["quality"] == tables["quality"]
 
 
+@pytest.mark.slow
 def test_seer_attention_with_every_block_is_dense(tmp_path):
     config = seer_attention.Config(
         **TINY, block=4, gate_dim=4, gate_steps=3, densities=(0.5, 1.0), timed_length=128, timed_densities=(0.5,)

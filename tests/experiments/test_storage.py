@@ -24,6 +24,7 @@ def test_stored_blocks_train_like_masked_ones(tmp_path):
     np.testing.assert_allclose(stored["loss"], masked["loss"], rtol=0.05)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path):
     whole, broken = (variant("rigl", storage="block") for _ in range(2))
     train(whole, tmp_path / "whole", 0, resume=False, progress=False)

@@ -93,7 +93,7 @@ def compare(algorithm, structure, dtype):
     ("name", "structure"),
     [
         ("rigl", Block((8, 8), "l2", groups=2)),
-        ("set", Block((8, 8))),
+        pytest.param("set", Block((8, 8)), marks=pytest.mark.slow),
         pytest.param("rigl", Block((8, 8)), marks=pytest.mark.slow),
         pytest.param("gradual", Block((8, 8)), marks=pytest.mark.slow),
     ],

@@ -71,7 +71,7 @@ def results(params, masks, apply):
     }
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("axis_type", [AxisType.Explicit, pytest.param(AxisType.Auto, marks=pytest.mark.slow)])
 def test_results_do_not_depend_on_the_mesh(axis_type):
     params = weights()
     masks = {"a": params["a"] > 0, "b": params["b"] > -0.5}
