@@ -99,6 +99,7 @@ def test_the_probe_measures_every_block_when_it_is_asked_to(pooling):
         np.testing.assert_allclose(grads.probe, expected * when, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:The chararray class:DeprecationWarning")  # treescope walks through all of numpy
 def test_it_looks_like_an_array_in_print():
     _, stored = weight((16, 32), Block((4, 4), "l2", groups=2), 0.75, capacity=0.5)
     assert repr(stored) == "BlockSparse(float32[16,32], 8 of 32 blocks of 4x4, l2, 2 groups)"
