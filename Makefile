@@ -30,7 +30,7 @@ demo: $(STAMP)  ## prune and regrow on handwritten digits: table, plots and an H
 
 test: $(STAMP)  ## the default test suite with doctests
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS) tests
-	$(BIN)/python -m pytest -q --doctest-modules sparsejax pallas_kernels experiments
+	$(BIN)/python -m pytest -q -n auto --dist loadfile --doctest-modules sparsejax pallas_kernels experiments
 
 test-slow: $(STAMP)  ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow $(ARGS) tests
