@@ -1,13 +1,16 @@
-"""Which of several implementations runs a call, and why the others do not. Shared by kernels that have a choice."""
+"""Which path of a kernel runs a call, and why the others do not. Shared by kernels that have a choice."""
 
 import dataclasses
 import functools
+import importlib
 import logging
-from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import jax
 
+IMPLEMENTATIONS = ("reference", "xla", "native", "tpu", "gpu")
+_PREFERENCE = {"cpu": ("native", "xla"), "tpu": ("tpu", "xla"), "gpu": ("gpu", "xla")}
 _log = logging.getLogger(__name__)
 
 
@@ -44,18 +47,34 @@ def _family(platform: str) -> str:
     return "gpu" if platform in ("gpu", "cuda", "rocm") else platform
 
 
-def choose(kernel: str, names: Sequence[str], platform: str, refuses: Callable[[str], str | None]) -> Choice:
-    """The first of `names` that does not refuse.
+@functools.cache
+def path(kernel: str, name: str) -> ModuleType:
+    """The module of a kernel's path.
+
+    Raises:
+        ValueError: if there is no path of that name.
+    """
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={name!r}; allowed: None or one of {', '.join(IMPLEMENTATIONS)}")
+    return importlib.import_module(f"pallas_kernels.{kernel}.{name}")
+
+
+def choose(kernel: str, implementation: str | None, platform: str, *call: Any) -> Choice:
+    """The path that was asked for, or the best that takes the call.
 
     Args:
-        kernel: the function that was asked, for messages.
-        names: candidates, best first.
+        kernel: the kernel's package.
+        implementation: one of `IMPLEMENTATIONS`, or None.
         platform: where the call runs.
-        refuses: the reason why a candidate does not take the call, or None.
+        *call: arguments of `supports` of each path, which returns None or the reason for refusing.
+
+    Raises:
+        ValueError: if there is no path of that name.
     """
+    names = (implementation,) if implementation else _PREFERENCE.get(platform, ("xla",))
     refused: dict[str, str] = {}
     for name in names:
-        reason = refuses(name)
+        reason = path(kernel, name).supports(*call)
         if reason is None:
             return Choice(kernel, name, platform, refused)
         refused[name] = reason

@@ -1,79 +1,22 @@
 """Block-sparse attention: one function, a path for each platform, and the reasons for the choice."""
 
-import dataclasses
 import functools
-import importlib
-import logging
 import math
-from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels import choice as choices
 from pallas_kernels.block_sparse_attention import reference, xla
 from pallas_kernels.block_sparse_attention.lists import BlockLists, check_lists
 from pallas_kernels.block_sparse_attention.options import Aux, Extras, Settings
+from pallas_kernels.choice import Choice
 
 Array = Any
 
-IMPLEMENTATIONS = ("reference", "xla", "native", "tpu", "gpu")
-_PREFERENCE = {"cpu": ("native", "xla"), "tpu": ("tpu", "xla"), "gpu": ("gpu", "xla")}
-_log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """Which path runs a call, and why others do not.
-
-    Attributes:
-        name: the path, or None if every candidate refused.
-        platform: where the call runs.
-        refused: reason by name of the paths that were tried before.
-    """
-
-    name: str | None
-    platform: str
-    refused: dict[str, str]
-
-    def __str__(self) -> str:
-        lines = [f"block_sparse_attention on {self.platform}: {self.name or 'no implementation'}"]
-        return "\n".join(lines + [f"  {name} refused: {reason}" for name, reason in self.refused.items()])
-
-
-@functools.cache
-def _module(name: str) -> ModuleType:
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={name!r}; allowed: None or one of {', '.join(IMPLEMENTATIONS)}")
-    return importlib.import_module(f"pallas_kernels.block_sparse_attention.{name}")
-
-
-def _platform(*arrays: Array) -> str:
-    for x in arrays:
-        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
-            return _family(next(iter(x.devices())).platform)
-    return _family(jax.default_backend())
-
-
-def _family(platform: str) -> str:
-    return "gpu" if platform in ("gpu", "cuda", "rocm") else platform
-
-
-def _choose(implementation, platform, q, k, v, lists, extras, settings) -> Choice:
-    names = (implementation,) if implementation else _PREFERENCE.get(platform, ("xla",))
-    refused: dict[str, str] = {}
-    for name in names:
-        reason = _module(name).supports(q, k, v, lists, extras, settings)
-        if reason is None:
-            return Choice(name, platform, refused)
-        refused[name] = reason
-    return Choice(None, platform, refused)
-
-
-@functools.cache
-def _log_once(message: str) -> None:
-    _log.info(message)
+KERNEL = "block_sparse_attention"
 
 
 def _prepare(q, k, v, lists, scale, soft_cap, alibi, bias, block_bias, sinks, dropout, page_table, kv_lengths):
@@ -141,13 +84,13 @@ def _prepare(q, k, v, lists, scale, soft_cap, alibi, bias, block_bias, sinks, dr
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(name, settings, q, k, v, lists, extras):
-    return _module(name).forward(q, k, v, lists, extras, settings)
+    return choices.path(KERNEL, name).forward(q, k, v, lists, extras, settings)
 
 
 def _attend_fwd(name, settings, q, k, v, lists, extras):
     # Not yet rounded to the dtype of q where the path computes in float32: the gradient is a difference of large terms
     # that the rounding of o would not leave equal.
-    o, lse = _module(name).forward(q, k, v, lists, extras, settings)
+    o, lse = choices.path(KERNEL, name).forward(q, k, v, lists, extras, settings)
     o = checkpoint_name(o, "block_sparse_attention_output")
     lse = checkpoint_name(lse, "block_sparse_attention_lse")
     return (o, lse), (q, k, v, lists, extras, o, lse)
@@ -162,7 +105,7 @@ def _attend_bwd(name, settings, residuals, cotangents):
     do, dlse = cotangents
     # A query without keys has lse = -inf: whatever arrives there belongs to no key.
     dlse = jnp.where(lse > -jnp.inf, dlse, 0).astype(lse.dtype)
-    dq, dk, dv, grads = _module(name).backward(q, k, v, lists, extras, settings, o, lse, do, dlse)
+    dq, dk, dv, grads = choices.path(KERNEL, name).backward(q, k, v, lists, extras, settings, o, lse, do, dlse)
     missing = [
         f for f in ("alibi", "bias", "block_bias") if getattr(extras, f) is not None and getattr(grads, f) is None
     ]
@@ -249,15 +192,12 @@ def block_sparse_attention(
     extras, settings = _prepare(
         q, k, v, lists, scale, soft_cap, alibi, bias, block_bias, sinks, dropout, page_table, kv_lengths
     )
-    choice = _choose(implementation, _platform(q, k, v), q, k, v, lists, extras, settings)
-    if choice.name is None:
-        raise ValueError(str(choice))
-    if choice.refused:
-        _log_once(str(choice))
-    if choice.name == "reference":
+    platform = choices.platform_of(q, k, v)
+    name = choices.settled(choices.choose(KERNEL, implementation, platform, q, k, v, lists, extras, settings))
+    if name == "reference":
         o, lse = reference.forward(q, k, v, lists, extras, settings)
     else:
-        o, lse = _attend(choice.name, settings, q, k, v, lists, extras)
+        o, lse = _attend(name, settings, q, k, v, lists, extras)
     if sinks is not None:
         sink = jnp.asarray(sinks).astype(lse.dtype)[:, None]
         share = jax.nn.sigmoid(lse - sink).swapaxes(1, 2)[..., None]
@@ -266,7 +206,7 @@ def block_sparse_attention(
     o = o.astype(q.dtype)
     stats = top = None
     if block_stats or return_max_logit:
-        where = reference if choice.name == "reference" and page_table is None else xla
+        where = reference if name == "reference" and page_table is None else xla
         still = jax.lax.stop_gradient
         stats, top = where.block_stats(
             still(q), still(k), lists, still(extras), settings, still(lse), block_stats or "max"
@@ -304,4 +244,5 @@ def explain(q: Array, k: Array, v: Array, lists: BlockLists, *, implementation: 
     if unknown:
         raise TypeError(f"unknown options {unknown}; allowed: {', '.join(names + results)}")
     extras, settings = _prepare(q, k, v, lists, *(options.get(name) for name in names))
-    return _choose(implementation, _platform(q, k, v), q, k, v, lists, extras, settings)
+    platform = choices.platform_of(q, k, v)
+    return choices.choose(KERNEL, implementation, platform, q, k, v, lists, extras, settings)

@@ -1,14 +1,6 @@
-"""Matrix product with a block-sparse matrix: one function, a path for each platform, and the reasons for the choice.
+"""Matrix product with a block-sparse matrix: one function for every platform, and the reasons for the path it takes."""
 
-A path is a module with `supports(x, values, lists, sizes)`, which returns None or the reason for refusing,
-`forward(x, values, lists, sizes)`, which returns y, and `backward(x, values, lists, sizes, dy)`, which returns
-(dx, dvalues). There x is [M, K], dy is [M, N], both of the dtype of values, and M is at least 1.
-"""
-
-import functools
-import importlib
 import math
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -21,19 +13,11 @@ from pallas_kernels.block_sparse_matmul.lists import BlockLists, sizes_of
 from pallas_kernels.block_sparse_matmul.probe import POOLINGS, attach_probe
 from pallas_kernels.block_sparse_matmul.shapes import Sizes
 from pallas_kernels.choice import Choice
-from pallas_kernels.mapping import axis_size, explicit_spec, one_after_the_other, over_mesh, split_columns
+from pallas_kernels.mapping import axis_size, explicit_spec, over_mesh, split_columns
+from pallas_kernels.stored_product import floating_dtype, multiply
 
 Array = Any
-
-IMPLEMENTATIONS = ("reference", "xla", "native", "tpu", "gpu")
-_PREFERENCE = {"cpu": ("native", "xla"), "tpu": ("tpu", "xla"), "gpu": ("gpu", "xla")}
-
-
-@functools.cache
-def _module(name: str) -> ModuleType:
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={name!r}; allowed: None or one of {', '.join(IMPLEMENTATIONS)}")
-    return importlib.import_module(f"pallas_kernels.block_sparse_matmul.{name}")
+KERNEL = "block_sparse_matmul"
 
 
 def _prepare(x: Array, values: Array, lists: BlockLists, shape: tuple[int, int]) -> tuple[Sizes, Any]:
@@ -43,64 +27,7 @@ def _prepare(x: Array, values: Array, lists: BlockLists, shape: tuple[int, int])
         raise ValueError(
             f"x has shape {jnp.shape(x)}; its last axis must have the {sizes.inputs} inputs of shape={shape}"
         )
-    dtype = jnp.promote_types(x.dtype, values.dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"x is {x.dtype} and values is {values.dtype}; one of them must be floating, none complex")
-    return sizes, dtype
-
-
-def _choose(implementation: str | None, platform: str, *call: Any) -> Choice:
-    names = (implementation,) if implementation else _PREFERENCE.get(platform, ("xla",))
-    return choices.choose("block_sparse_matmul", names, platform, lambda name: _module(name).supports(*call))
-
-
-@functools.cache
-def _forward_of(name: str, sizes: Sizes):
-    """The forward pass of a path; mapping over x alone makes its rows more, since the matrix is the same for all."""
-
-    @jax.custom_batching.custom_vmap
-    def forward(x, values, lists):
-        return _module(name).forward(x, values, lists, sizes)
-
-    @forward.def_vmap
-    def rule(axis_size, batched, x, values, lists):
-        if any(jax.tree.leaves(batched[1:])):
-            return one_after_the_other(forward, tuple(batched), (x, values, lists))
-        y = forward(x.reshape(-1, sizes.inputs), values, lists)
-        return y.reshape(*x.shape[:2], sizes.outputs), True
-
-    return forward
-
-
-@functools.cache
-def _backward_of(name: str, sizes: Sizes):
-    @jax.custom_batching.custom_vmap
-    def backward(x, values, lists, dy):
-        return _module(name).backward(x, values, lists, sizes, dy)
-
-    @backward.def_vmap
-    def rule(axis_size, batched, *arguments):
-        return one_after_the_other(backward, tuple(batched), arguments)
-
-    return backward
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _multiply(name, sizes, x, values, lists):
-    return _forward_of(name, sizes)(x, values, lists)
-
-
-def _multiply_fwd(name, sizes, x, values, lists):
-    return _forward_of(name, sizes)(x, values, lists), (x, values, lists)
-
-
-def _multiply_bwd(name, sizes, saved, dy):
-    x, values, lists = saved
-    dx, dvalues = _backward_of(name, sizes)(x, values, lists, dy)
-    return dx, dvalues, None
-
-
-_multiply.defvjp(_multiply_fwd, _multiply_bwd)
+    return sizes, floating_dtype(x, values)
 
 
 def block_sparse_matmul(
@@ -168,17 +95,12 @@ def block_sparse_matmul(
     lead, platform = x.shape[:-1], choices.platform_of(x, values)
     flat = x.astype(dtype).reshape(math.prod(lead), sizes.inputs)
     values = values.astype(dtype)
-    name = choices.settled(_choose(implementation, platform, flat, values, lists, sizes))
+    name = choices.settled(choices.choose(KERNEL, implementation, platform, flat, values, lists, sizes))
     summed = compat.varying(flat) - compat.varying(lists.rows)
     if probe is not None:
         probe = compat.vary_alike((probe, lists))[0]
     flat, values, lists = compat.vary_alike((flat, values, lists))
-    if not flat.shape[0]:
-        y = flat @ jnp.zeros(shape, dtype)
-    elif name == "reference":
-        y = _module(name).forward(flat, values, lists, sizes)
-    else:
-        y = _multiply(name, sizes, flat, values, lists)
+    y = multiply(KERNEL, name, sizes, flat, values, lists)
     if probe is not None:
         when = jnp.asarray(True) if probe_when is None else probe_when
         still = jax.lax.stop_gradient(flat)
@@ -228,4 +150,4 @@ def explain(
     sizes, dtype = _prepare(x, values, lists, shape)
     flat = jax.ShapeDtypeStruct((math.prod(jnp.shape(x)[:-1]), sizes.inputs), dtype)
     stored = jax.ShapeDtypeStruct(jnp.shape(values), dtype)
-    return _choose(implementation, choices.platform_of(x, values), flat, stored, lists, sizes)
+    return choices.choose(KERNEL, implementation, choices.platform_of(x, values), flat, stored, lists, sizes)

@@ -214,8 +214,6 @@ def forward(x: Array, values: Array, lists: BlockLists, sizes: Sizes, *, interpr
         x, values, lists, sizes: as `supports` accepts them.
         interpret: None, or `plgpu.InterpretGPUParams(...)` to run on any machine (JAX 0.12).
     """
-    if sizes.capacity == 0:
-        return jnp.zeros((x.shape[0], sizes.outputs), x.dtype)
     flat = flatten(lists, sizes)
     stored = values.reshape(-1, sizes.bk, sizes.bn)
     row = jnp.minimum(flat.rows[flat.out_slot], sizes.rows - 1)
@@ -279,13 +277,8 @@ def backward(
     x: Array, values: Array, lists: BlockLists, sizes: Sizes, dy: Array, *, interpret: Any = None
 ) -> tuple[Array, Array]:
     """dx [M, K] and dvalues [G, C, bk, bn]; nothing is added atomically, so results do not vary from run to run."""
-    if sizes.capacity == 0:
-        return jnp.zeros_like(x), jnp.zeros_like(values)
-    dy = dy.astype(x.dtype)
-    return (
-        dx(dy, values, lists, sizes, interpret=interpret),
-        dvalues(x, dy, lists, sizes, interpret=interpret),
-    )
+    options = {"interpret": interpret}
+    return dx(dy, values, lists, sizes, **options), dvalues(x, dy, lists, sizes, **options)
 
 
 def supports(x: Array, values: Array, lists: BlockLists, sizes: Sizes) -> str | None:

@@ -247,8 +247,6 @@ def forward(x: Array, values: Array, lists: BlockLists, sizes: Sizes, *, interpr
         x, values, lists, sizes: as `supports` accepts them.
         interpret: what `pallas_call` takes: True or `pltpu.InterpretParams(...)` run on any machine.
     """
-    if sizes.capacity == 0:
-        return jnp.zeros((x.shape[0], sizes.outputs), x.dtype)
     ptr, row, _, slot = _by_column(lists, sizes)
     plan = _plan(x.shape[0], sizes, x.dtype.itemsize, transposed=False)
     stored = values.reshape(-1, sizes.bk, sizes.bn)
@@ -410,13 +408,8 @@ def backward(
     x: Array, values: Array, lists: BlockLists, sizes: Sizes, dy: Array, *, interpret: Any = False
 ) -> tuple[Array, Array]:
     """dx [M, K] and dvalues [G, C, bk, bn]; nothing is added atomically, so results do not vary from run to run."""
-    if sizes.capacity == 0:
-        return jnp.zeros_like(x), jnp.zeros_like(values)
-    dy = dy.astype(x.dtype)
-    return (
-        dx(dy, values, lists, sizes, interpret=interpret),
-        dvalues(x, dy, lists, sizes, interpret=interpret),
-    )
+    options = {"interpret": interpret}
+    return dx(dy, values, lists, sizes, **options), dvalues(x, dy, lists, sizes, **options)
 
 
 def supports(x: Array, values: Array, lists: BlockLists, sizes: Sizes) -> str | None:

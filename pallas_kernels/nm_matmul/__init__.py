@@ -1,7 +1,7 @@
 """Products with matrices that store n of every m neighbouring inputs, forward and backward, on TPU, GPU and CPU."""
 
-from pallas_kernels.choice import Choice
-from pallas_kernels.nm_matmul.api import IMPLEMENTATIONS, explain, nm_matmul
+from pallas_kernels.choice import IMPLEMENTATIONS, Choice
+from pallas_kernels.nm_matmul.api import explain, nm_matmul
 from pallas_kernels.nm_matmul.positions import from_dense, pack_positions, to_dense, unpack_positions
 
 __all__ = [

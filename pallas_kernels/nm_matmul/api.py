@@ -1,14 +1,6 @@
-"""Matrix product with an N:M matrix: one function, a path for each platform, and the reasons for the choice.
+"""Matrix product with an N:M matrix: one function for every platform, and the reasons for the path it takes."""
 
-A path is a module with `supports(x, values, positions, sizes)`, which returns None or the reason for refusing,
-`forward(x, values, positions, sizes)`, which returns y, and `backward(x, values, positions, sizes, dy)`, which returns
-(dx, dvalues). There x is [M, K], dy is [M, N], both of the dtype of values, and M is at least 1.
-"""
-
-import functools
-import importlib
 import math
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -18,21 +10,13 @@ from jax.sharding import PartitionSpec
 from pallas_kernels import choice as choices
 from pallas_kernels import compat
 from pallas_kernels.choice import Choice
-from pallas_kernels.mapping import axis_size, explicit_spec, one_after_the_other, over_mesh, split_columns
+from pallas_kernels.mapping import axis_size, explicit_spec, over_mesh, split_columns
 from pallas_kernels.nm_matmul.positions import sizes_of
 from pallas_kernels.nm_matmul.shapes import Sizes
+from pallas_kernels.stored_product import floating_dtype, multiply
 
 Array = Any
-
-IMPLEMENTATIONS = ("reference", "xla", "native", "tpu", "gpu")
-_PREFERENCE = {"cpu": ("native", "xla"), "tpu": ("tpu", "xla"), "gpu": ("gpu", "xla")}
-
-
-@functools.cache
-def _module(name: str) -> ModuleType:
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={name!r}; allowed: None or one of {', '.join(IMPLEMENTATIONS)}")
-    return importlib.import_module(f"pallas_kernels.nm_matmul.{name}")
+KERNEL = "nm_matmul"
 
 
 def _prepare(x: Array, values: Array, positions: Array, n: int, m: int, share: int) -> tuple[Sizes, Any]:
@@ -42,63 +26,7 @@ def _prepare(x: Array, values: Array, positions: Array, n: int, m: int, share: i
         raise ValueError(
             f"x has shape {jnp.shape(x)}; values {jnp.shape(values)} with n={n}, m={m} need {sizes.inputs} inputs"
         )
-    dtype = jnp.promote_types(x.dtype, values.dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"x is {x.dtype} and values is {values.dtype}; one of them must be floating, none complex")
-    return sizes, dtype
-
-
-def _choose(implementation: str | None, platform: str, *call: Any) -> Choice:
-    names = (implementation,) if implementation else _PREFERENCE.get(platform, ("xla",))
-    return choices.choose("nm_matmul", names, platform, lambda name: _module(name).supports(*call))
-
-
-@functools.cache
-def _forward_of(name: str, sizes: Sizes):
-    """The forward pass of a path; mapping over x alone makes its rows more, since the matrix is the same for all."""
-
-    @jax.custom_batching.custom_vmap
-    def forward(x, values, positions):
-        return _module(name).forward(x, values, positions, sizes)
-
-    @forward.def_vmap
-    def rule(axis_size, batched, x, values, positions):
-        if any(batched[1:]):
-            return one_after_the_other(forward, tuple(batched), (x, values, positions))
-        y = forward(x.reshape(-1, sizes.inputs), values, positions)
-        return y.reshape(*x.shape[:2], sizes.outputs), True
-
-    return forward
-
-
-@functools.cache
-def _backward_of(name: str, sizes: Sizes):
-    @jax.custom_batching.custom_vmap
-    def backward(x, values, positions, dy):
-        return _module(name).backward(x, values, positions, sizes, dy)
-
-    @backward.def_vmap
-    def rule(axis_size, batched, *arguments):
-        return one_after_the_other(backward, tuple(batched), arguments)
-
-    return backward
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _multiply(name, sizes, x, values, positions):
-    return _forward_of(name, sizes)(x, values, positions)
-
-
-def _multiply_fwd(name, sizes, x, values, positions):
-    return _forward_of(name, sizes)(x, values, positions), (x, values, positions)
-
-
-def _multiply_bwd(name, sizes, saved, dy):
-    x, values, positions = saved
-    return *_backward_of(name, sizes)(x, values, positions, dy), None
-
-
-_multiply.defvjp(_multiply_fwd, _multiply_bwd)
+    return sizes, floating_dtype(x, values)
 
 
 def nm_matmul(
@@ -142,14 +70,9 @@ def nm_matmul(
     lead, platform = x.shape[:-1], choices.platform_of(x, values)
     flat = x.astype(dtype).reshape(math.prod(lead), sizes.inputs)
     values = values.astype(dtype)
-    name = choices.settled(_choose(implementation, platform, flat, values, positions, sizes))
+    name = choices.settled(choices.choose(KERNEL, implementation, platform, flat, values, positions, sizes))
     flat, values, positions = compat.vary_alike((flat, values, positions))
-    if not flat.shape[0]:
-        y = flat @ jnp.zeros((sizes.inputs, sizes.outputs), dtype)
-    elif name == "reference":
-        y = _module(name).forward(flat, values, positions, sizes)
-    else:
-        y = _multiply(name, sizes, flat, values, positions)
+    y = multiply(KERNEL, name, sizes, flat, values, positions)
     return y.reshape(*lead, sizes.outputs)
 
 
@@ -194,4 +117,4 @@ def explain(
     sizes, dtype = _prepare(x, values, positions, n, m, share)
     flat = jax.ShapeDtypeStruct((math.prod(jnp.shape(x)[:-1]), sizes.inputs), dtype)
     stored = jax.ShapeDtypeStruct(jnp.shape(values), dtype)
-    return _choose(implementation, choices.platform_of(x, values), flat, stored, positions, sizes)
+    return choices.choose(KERNEL, implementation, choices.platform_of(x, values), flat, stored, positions, sizes)

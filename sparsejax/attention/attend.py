@@ -4,7 +4,7 @@ import functools
 
 import jax
 
-from pallas_kernels.block_sparse_attention.api import Choice, block_sparse_attention, explain
+from pallas_kernels.block_sparse_attention import Choice, block_sparse_attention, explain
 from pallas_kernels.block_sparse_attention.options import Aux
 from sparsejax.attention.block_mask import BlockMask
 from sparsejax.attention.compile import compile_mask

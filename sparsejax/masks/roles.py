@@ -37,6 +37,11 @@ class Roles:
         axes = self.batch_axes + self.spatial_axes + self.in_axes + self.out_axes
         return tuple(axis % ndim for axis in axes)
 
+    def shifted(self, ndim: int, by: int, batch_axes: tuple[int, ...] = ()) -> "Roles":
+        """The roles where `by` axes were put before, or taken from before, the `ndim` that there were."""
+        move = lambda axes: tuple(axis % ndim + by for axis in axes)  # noqa: E731
+        return Roles(move(self.in_axes), move(self.out_axes), batch_axes, move(self.spatial_axes))
+
     def check(self, shape: tuple[int, ...], path: str) -> None:
         """Raises `ValueError` when the roles do not name each axis of `shape` once."""
         axes = self.batch_axes + self.spatial_axes + self.in_axes + self.out_axes

@@ -12,6 +12,7 @@ from pallas_kernels.block_sparse_matmul import BlockLists, block_sparse_matmul, 
 from sparsejax.masks.block import Block
 from sparsejax.masks.keys import as_float
 from sparsejax.masks.roles import Roles
+from sparsejax.parameters.stored_weight import StoredWeight
 
 
 @functools.partial(
@@ -20,7 +21,7 @@ from sparsejax.masks.roles import Roles
     meta_fields=("structure", "layer_shape", "layer_roles"),
 )
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class BlockSparse:
+class BlockSparse(StoredWeight):
     """A weight whose absent blocks take no memory: neither they nor their gradients and moments exist.
 
     It looks like an array of `shape`, and `x @ weight` works, at a cost that follows the density. Make one with
@@ -53,10 +54,9 @@ class BlockSparse:
         [[4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0]]
     """
 
-    stored = True
+    trailing = 4
     moves = True
     execution = "accelerated"
-    __array_ufunc__ = None  # numpy leaves `x @ weight` to __rmatmul__
 
     values: Any
     lists: BlockLists
@@ -65,49 +65,6 @@ class BlockSparse:
     structure: Block
     layer_shape: tuple[int, ...]
     layer_roles: Roles
-
-    @property
-    def batch(self) -> tuple[int, ...]:
-        """Sizes of the leading axes that stack layers."""
-        return tuple(self.values.shape[:-4])
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the array that this stands for."""
-        return self.batch + self.layer_shape
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes of `shape`."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """Number of elements of `shape`, absent ones included."""
-        return math.prod(self.shape)
-
-    @property
-    def dtype(self):
-        """The dtype of the values."""
-        return self.values.dtype
-
-    @property
-    def sharding(self):
-        """The sharding of the values."""
-        return self.values.sharding
-
-    @property
-    def roles(self) -> Roles:
-        """The roles of the axes of `shape`."""
-        offset = len(self.batch)
-        shift = lambda axes: tuple(axis % len(self.layer_shape) + offset for axis in axes)  # noqa: E731
-        own = self.layer_roles
-        return Roles(shift(own.in_axes), shift(own.out_axes), tuple(range(offset)), shift(own.spatial_axes))
-
-    @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """Rows (inputs) and columns (outputs) of one layer."""
-        return self.layer_roles.matrix_shape(self.layer_shape)[-2:]
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -127,8 +84,7 @@ class BlockSparse:
     @property
     def kernel(self) -> str:
         """What multiplies this weight here, as `platform: implementation`."""
-        x = jax.ShapeDtypeStruct((1, self.matrix_shape[0]), self.dtype)
-        layer = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[len(self.batch) :], leaf.dtype), self)
+        x, layer = self.one_layer()
         choice = explain(x, layer.values, layer.lists, shape=self.matrix_shape)
         return f"{choice.platform}: {choice.name}"
 
@@ -184,12 +140,6 @@ class BlockSparse:
         inside = self.inside()
         return live if inside is None else live & inside
 
-    def over_layers(self, function):
-        """Maps a function of one layer over the stacked ones."""
-        for _ in self.batch:
-            function = jax.vmap(function)
-        return function
-
     def matmul(self, x: jax.Array, *, implementation: str | None = None) -> jax.Array:
         """`x @ W` with W laid out as a matrix, rows inputs and columns outputs.
 
@@ -200,8 +150,7 @@ class BlockSparse:
         Returns:
             [..., columns].
         """
-        if self.batch:
-            raise ValueError(f"{self} stacks layers; take one, as jax.lax.scan and jax.vmap do")
+        self.require_one_layer()
         return block_sparse_matmul(
             x,
             self.values,
@@ -212,11 +161,6 @@ class BlockSparse:
             probe_when=self.probe_when != 0,
             probe_pooling=self.structure.pooling,
         )
-
-    def __rmatmul__(self, x):
-        if len(self.layer_shape) != 2:
-            raise ValueError(f"x @ weight needs a matrix, not shape {self.shape}; use weight.matmul(x)")
-        return self.matmul(jnp.asarray(x))
 
     def astype(self, dtype) -> "BlockSparse":
         """The weight with values of another dtype."""
@@ -248,7 +192,7 @@ class BlockSparse:
 
     def __repr__(self):
         try:
-            name = f"{self.dtype}[{','.join(map(str, self.shape))}]"
+            name = self.array_name
             rows, columns = self.structure.shape
             blocks = math.prod(self.batch) * math.prod(self.grid)
             kept = self._kept()

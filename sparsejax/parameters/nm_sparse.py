@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ from pallas_kernels.nm_matmul import explain, nm_matmul
 from sparsejax.masks.nm import NM
 from sparsejax.masks.roles import Roles
 from sparsejax.masks.rules import LeafPlan
+from sparsejax.parameters.stored_weight import StoredWeight, layer_of
 
 
 @functools.partial(
@@ -20,7 +20,7 @@ from sparsejax.masks.rules import LeafPlan
     meta_fields=("structure", "layer_shape", "layer_roles"),
 )
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class NMSparse:
+class NMSparse(StoredWeight):
     """A weight that keeps n of every m consecutive inputs, and stores these only.
 
     It looks like an array of `shape`, and `x @ weight` works. With a pattern of its own for every output column
@@ -43,45 +43,14 @@ class NMSparse:
         (NMSparse(float32[4,1], 2:4), [0, 3])
     """
 
-    stored = True
+    trailing = 2
     moves = False
-    __array_ufunc__ = None
 
     values: Any
     positions: Any
     structure: NM
     layer_shape: tuple[int, ...]
     layer_roles: Roles
-
-    @property
-    def batch(self) -> tuple[int, ...]:
-        """Sizes of the leading axes that stack layers."""
-        return tuple(self.values.shape[:-2])
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the array that this stands for."""
-        return self.batch + self.layer_shape
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes of `shape`."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """Number of elements of `shape`, absent ones included."""
-        return math.prod(self.shape)
-
-    @property
-    def dtype(self):
-        """The dtype of the values."""
-        return self.values.dtype
-
-    @property
-    def sharding(self):
-        """The sharding of the values."""
-        return self.values.sharding
 
     @property
     def execution(self) -> str:
@@ -96,16 +65,10 @@ class NMSparse:
     @property
     def kernel(self) -> str:
         """What multiplies this weight here, as `platform: implementation`."""
-        x = jax.ShapeDtypeStruct((1, self.matrix_shape[0]), self.dtype)
-        layer = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[len(self.batch) :], leaf.dtype), self)
+        x, layer = self.one_layer()
         n, m, share = self.structure.n, self.structure.m, self.structure.share
         choice = explain(x, layer.values, layer.positions, n=n, m=m, share=share)
         return f"{choice.platform}: {choice.name}"
-
-    @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """Rows (inputs) and columns (outputs) of one layer."""
-        return self.layer_roles.matrix_shape(self.layer_shape)[-2:]
 
     def matmul(self, x: jax.Array, *, implementation: str | None = None) -> jax.Array:
         """`x @ W` with W laid out as a matrix, rows inputs and columns outputs.
@@ -117,15 +80,9 @@ class NMSparse:
         Returns:
             [..., columns].
         """
-        if self.batch:
-            raise ValueError(f"{self} stacks layers; take one, as jax.lax.scan and jax.vmap do")
+        self.require_one_layer()
         n, m, share = self.structure.n, self.structure.m, self.structure.share
         return nm_matmul(x, self.values, self.positions, n=n, m=m, share=share, implementation=implementation)
-
-    def __rmatmul__(self, x):
-        if len(self.layer_shape) != 2:
-            raise ValueError(f"x @ weight needs a matrix, not shape {self.shape}; use weight.matmul(x)")
-        return self.matmul(jnp.asarray(x))
 
     def astype(self, dtype) -> "NMSparse":
         """The weight with values of another dtype."""
@@ -133,10 +90,7 @@ class NMSparse:
 
     def to_dense(self) -> jax.Array:
         """The array of `shape`, zero where nothing is stored."""
-        dense = self._layer_to_dense
-        for _ in self.batch:
-            dense = jax.vmap(dense)
-        return dense(self.values, self.positions)
+        return self.over_layers(self._layer_to_dense)(self.values, self.positions)
 
     def _layer_to_dense(self, values, positions):
         rows, columns = self.matrix_shape
@@ -149,7 +103,7 @@ class NMSparse:
 
     def __repr__(self):
         try:
-            name = f"{self.dtype}[{','.join(map(str, self.shape))}]"
+            name = self.array_name
         except (AttributeError, TypeError):  # flattened with something else in the place of arrays
             return f"NMSparse({self.values!r}, {self.structure})"
         share = f", a pattern for {self.structure.share} columns" if self.structure.share > 1 else ""
@@ -172,13 +126,11 @@ def store_nm(array: jax.Array, mask: jax.Array, leaf: LeafPlan) -> NMSparse:
             more than n, or columns that share a pattern have different ones.
     """
     structure, roles = leaf.structure, leaf.roles
-    stacked = len(roles.batch_axes)
+    layer_shape, layer_roles = layer_of(array, leaf)
     if structure.m > 256:
         raise ValueError(f"{leaf.path}: {structure} has groups of {structure.m}; at most 256 can be stored")
     if structure.axis != -2:
         raise ValueError(f"{leaf.path}: {structure} groups outputs; only groups of inputs, axis=-2, can be stored")
-    if tuple(axis % array.ndim for axis in roles.batch_axes) != tuple(range(stacked)):
-        raise ValueError(f"{leaf.path}: layers are stacked along axes {roles.batch_axes}; move these axes to the front")
     n, m, share = structure.n, structure.m, structure.share
     kept = roles.to_matrix(mask)
     rows, columns = kept.shape[-2:]
@@ -199,11 +151,10 @@ def store_nm(array: jax.Array, mask: jax.Array, leaf: LeafPlan) -> NMSparse:
     at = jnp.repeat(positions, share, axis=-1).astype(jnp.int32)
     values = jnp.take_along_axis(grouped, at, axis=-2)
     flat = lambda a: a.reshape(*a.shape[:-3], rows // m * n, a.shape[-1])  # noqa: E731
-    shift = lambda axes: tuple(axis % array.ndim - stacked for axis in axes)  # noqa: E731
     return NMSparse(
         values=flat(values),
         positions=flat(positions),
         structure=structure,
-        layer_shape=tuple(array.shape[stacked:]),
-        layer_roles=Roles(shift(roles.in_axes), shift(roles.out_axes), (), shift(roles.spatial_axes)),
+        layer_shape=layer_shape,
+        layer_roles=layer_roles,
     )

@@ -10,6 +10,7 @@ from pallas_kernels.block_sparse_matmul import BlockLists, block_lists
 from sparsejax.masks.block import Block
 from sparsejax.masks.rules import LeafPlan
 from sparsejax.parameters.block_sparse import BlockSparse
+from sparsejax.parameters.stored_weight import layer_of
 
 
 def blocks_of(matrix: jax.Array, structure: Block) -> jax.Array:
@@ -98,9 +99,8 @@ def store_blocks(array: jax.Array, grid: jax.Array, leaf: LeafPlan, *, slots: in
         ValueError: layers are not stacked along the leading axes; a group keeps more blocks than there are slots.
     """
     structure, roles = leaf.structure, leaf.roles
-    stacked = len(roles.batch_axes)
-    if tuple(axis % array.ndim for axis in roles.batch_axes) != tuple(range(stacked)):
-        raise ValueError(f"{leaf.path}: layers are stacked along axes {roles.batch_axes}; move these axes to the front")
+    layer_shape, layer_roles = layer_of(array, leaf)
+    stacked = array.ndim - len(layer_shape)
     groups = jnp.sum(structure.to_groups(grid), axis=(-2, -1), dtype=jnp.int32)
     if slots is None and isinstance(groups, jax.core.Tracer):
         raise ValueError(f"{leaf.path}: under jit the number of slots cannot depend on the mask; give a capacity")
@@ -115,15 +115,14 @@ def store_blocks(array: jax.Array, grid: jax.Array, leaf: LeafPlan, *, slots: in
     for _ in range(stacked):
         store = jax.vmap(store)
     values, lists = store(roles.to_matrix(array), grid)
-    shift = lambda axes: tuple(axis % array.ndim - stacked for axis in axes)  # noqa: E731
     return BlockSparse(
         values=values,
         lists=lists,
         probe=jnp.zeros(grid.shape, jnp.promote_types(array.dtype, jnp.float32)),
         probe_when=jnp.zeros(array.shape[:stacked], jnp.int32),
         structure=structure,
-        layer_shape=tuple(array.shape[stacked:]),
-        layer_roles=type(roles)(shift(roles.in_axes), shift(roles.out_axes), (), shift(roles.spatial_axes)),
+        layer_shape=layer_shape,
+        layer_roles=layer_roles,
     )
 
 

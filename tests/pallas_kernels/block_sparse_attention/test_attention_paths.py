@@ -1,7 +1,6 @@
 """The dense reference against a few lines of numpy, the XLA path against the reference, and how options are checked."""
 
 import dataclasses
-import logging
 
 import attention_zoo as zoo
 import jax
@@ -182,7 +181,7 @@ def test_second_derivatives_on_the_reference():
     assert np.isfinite(jax.grad(lambda q: (once(q) ** 2).sum())(q)).all()
 
 
-def test_explain_names_the_choice_and_the_reasons(caplog):
+def test_explain_names_the_choice_and_the_reasons():
     lists, q, k, v = simple()
     assert explain(q, k, v, lists, implementation="reference").name == "reference"
     choice = explain(q, k, v, lists, bias=jnp.zeros((1, 1, 1, 24)))
@@ -192,7 +191,6 @@ def test_explain_names_the_choice_and_the_reasons(caplog):
         block_sparse_attention(q, k, v, lists, implementation="fast")
     with pytest.raises(TypeError, match="unknown options"):
         explain(q, k, v, lists, colour="red")
-    caplog.set_level(logging.INFO)
 
 
 @pytest.mark.parametrize(
