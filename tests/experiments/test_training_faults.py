@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import time
 from pathlib import Path
 
 import jax
@@ -43,6 +44,14 @@ def disturb(monkeypatch, variant, step: int, before=lambda batch: batch, after=l
         return after(state) if here else state, out
 
     monkeypatch.setattr(variant, "run_step", disturbed)
+
+
+def wait_for(folder: Path, seconds: float = 60) -> None:
+    """Returns once a folder that is renamed into place when it is complete is there."""
+    end = time.monotonic() + seconds
+    while not folder.exists():
+        assert time.monotonic() < end, f"{folder} was not written within {seconds:.0f} s"
+        time.sleep(0.01)
 
 
 def assert_resumes_to_the_same_end(reference, folder: Path) -> None:
@@ -102,6 +111,7 @@ def test_a_full_disk_loses_nothing_saved_before(reference, monkeypatch, tmp_path
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill_disk(batch):
+        wait_for(tmp_path / "checkpoints" / "20")  # it is written in the background, and must not meet the full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
         return batch
 
