@@ -77,6 +77,7 @@ def _sparse_layer(path: str, layer, weight, implementation):
     if isinstance(layer, nnx.Conv):
         _refuse(
             path,
+            __call__=type(layer).__call__ is not nnx.Conv.__call__,
             feature_group_count=layer.feature_group_count != 1,
             input_dilation=bool(np.any(np.asarray(layer.input_dilation or 1) != 1)),
             mask=layer.mask is not None,
