@@ -184,6 +184,7 @@ def _vector(name: str, array, kind) -> jax.Array:
 
 
 def table(name: str, array) -> jax.Array:
+    """A bool table as [batch, heads, rows, columns]; raises `ValueError` where it is none."""
     array = array if isinstance(array, jax.Array) else np.asarray(array)
     if array.dtype != bool or array.ndim not in (2, 3, 4):
         raise ValueError(

@@ -134,6 +134,7 @@ def _range(side: Vector, low, high, text: str) -> Mask:
 
 
 def equal(a, b) -> Both:
+    """Both at most the other."""
     return Both(AtMost(a, b), AtMost(b, a))
 
 
@@ -160,6 +161,7 @@ def _text(number) -> str:
 
 
 def positive(name: str, number: int) -> int:
+    """The number; raises `ValueError` where it is below 1."""
     if number < 1:
         raise ValueError(f"{name} must be at least 1, not {number}")
     return number

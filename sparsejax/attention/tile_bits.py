@@ -19,6 +19,7 @@ def pick(name: str, array, b: int, h: int):
 
 
 def reads_tables(rule) -> bool:
+    """Whether the rule of a mask looks at data, not at positions alone."""
     return any(name.startswith("table_") for name in names_in(rule))
 
 
