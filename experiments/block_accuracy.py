@@ -29,14 +29,14 @@ BASE = dataclasses.replace(
     depth=2,
     length=64,
     batch_size=16,
-    steps=300,
-    update_every=15,
+    steps=1200,
+    update_every=50,
     max_bytes=2_000_000,
     heldout_windows=128,
-    warmup=50,
-    log_every=100,
-    eval_every=300,
-    save_every=300,
+    warmup=100,
+    log_every=200,
+    eval_every=1200,
+    save_every=400,
 )
 
 
