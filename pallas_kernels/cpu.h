@@ -1,4 +1,4 @@
-// What C++ kernels share: vectors, memory that calls lend each other, and loops over XLA's thread pool.
+// What C++ kernels share: vectors, products of tiles, memory that calls lend each other, and loops over XLA's thread pool.
 
 #ifndef PALLAS_KERNELS_CPU_H_
 #define PALLAS_KERNELS_CPU_H_
@@ -7,6 +7,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -116,6 +117,59 @@ class Lease {
   }
   Held held_;
 };
+
+// Writes V vectors, of which `columns` elements have a place.
+template <class T, int V>
+inline void Put(T* c, const Vec<T>* x, int64_t columns) {
+  if (columns >= V * kLanes<T>) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v++) Store(c + v * kLanes<T>, x[v]);
+  } else {
+    T line[V * kLanes<T>];
+    for (int v = 0; v < V; v++) Store(line + v * kLanes<T>, x[v]);
+    std::memcpy(c, line, columns * sizeof(T));
+  }
+}
+
+// Adds to V vectors what Put has written.
+template <class T, int V>
+inline void AddStored(const T* c, Vec<T>* x, int64_t columns) {
+  if (columns >= V * kLanes<T>) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v++) x[v] += Load(c + v * kLanes<T>);
+  } else {
+    T line[V * kLanes<T>] = {};
+    std::memcpy(line, c, columns * sizeof(T));
+    for (int v = 0; v < V; v++) x[v] += Load(line + v * kLanes<T>);
+  }
+}
+
+// R rows of V vectors of C (+)= A^T B, over `depth` rows of both: A(p, r) is a[p * lda + r].
+template <class T, int R, int V>
+void Outer(int64_t depth, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t columns, bool add) {
+  Vec<T> sum[R][V];
+#pragma GCC unroll 12
+  for (int r = 0; r < R; r++) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v++) sum[r][v] = Vec<T>{};
+  }
+  for (int64_t p = 0; p < depth; p++, a += lda, b += ldb) {
+    Vec<T> line[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v++) line[v] = Load(b + v * kLanes<T>);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++) {
+      const Vec<T> s = All(a[r]);
+#pragma GCC unroll 2
+      for (int v = 0; v < V; v++) sum[r][v] += s * line[v];
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; r++) {
+    if (add) AddStored<T, V>(c + r * ldc, sum[r], columns);
+    Put<T, V>(c + r * ldc, sum[r], columns);
+  }
+}
 
 // Runs f(0) ... f(n - 1) on the pool; the calling thread works too, and never waits for work that nobody has begun.
 template <class F>

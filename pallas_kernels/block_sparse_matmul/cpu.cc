@@ -33,18 +33,6 @@ struct Term {
   const T* stored;
 };
 
-template <class T, int V>
-inline void Put(T* c, const Vec<T>* x, int64_t columns) {
-  if (columns >= V * kLanes<T>) {
-#pragma GCC unroll 2
-    for (int v = 0; v < V; v++) Store(c + v * kLanes<T>, x[v]);
-  } else {
-    T line[V * kLanes<T>];
-    for (int v = 0; v < V; v++) Store(line + v * kLanes<T>, x[v]);
-    std::memcpy(c, line, columns * sizeof(T));
-  }
-}
-
 // R rows of V vectors of an output block: the sum over its terms. `a` is a tile, `step` elements a block.
 template <class T, int R, int V>
 void SumTerms(const Term<T>* terms, int64_t count, int64_t depth, const T* a, int64_t step, int64_t column, int64_t ldb, T* c,
@@ -77,43 +65,7 @@ void SumTerms(const Term<T>* terms, int64_t count, int64_t depth, const T* a, in
   for (int r = 0; r < R; r++) Put<T, V>(c + r * ldc, sum[r], columns);
 }
 
-// R rows of V vectors of C (+)= A^T B, over `depth` rows of both: A(p, r) is a[p * lda + r].
-template <class T, int R, int V>
-void Outer(int64_t depth, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t columns, bool add) {
-  Vec<T> sum[R][V];
-#pragma GCC unroll 12
-  for (int r = 0; r < R; r++) {
-#pragma GCC unroll 2
-    for (int v = 0; v < V; v++) sum[r][v] = Vec<T>{};
-  }
-  for (int64_t p = 0; p < depth; p++, a += lda, b += ldb) {
-    Vec<T> line[V];
-#pragma GCC unroll 2
-    for (int v = 0; v < V; v++) line[v] = Load(b + v * kLanes<T>);
-#pragma GCC unroll 12
-    for (int r = 0; r < R; r++) {
-      const Vec<T> s = All(a[r]);
-#pragma GCC unroll 2
-      for (int v = 0; v < V; v++) sum[r][v] += s * line[v];
-    }
-  }
-#pragma GCC unroll 12
-  for (int r = 0; r < R; r++) {
-    if (add) {
-      if (columns >= V * kLanes<T>) {
-#pragma GCC unroll 2
-        for (int v = 0; v < V; v++) sum[r][v] += Load(c + r * ldc + v * kLanes<T>);
-      } else {
-        T line[V * kLanes<T>] = {};
-        std::memcpy(line, c + r * ldc, columns * sizeof(T));
-        for (int v = 0; v < V; v++) sum[r][v] += Load(line + v * kLanes<T>);
-      }
-    }
-    Put<T, V>(c + r * ldc, sum[r], columns);
-  }
-}
-
-// The functions above for 1 to kRows rows.
+// SumTerms and Outer for 1 to kRows rows.
 template <class T, int V>
 struct Kernels {
   decltype(&SumTerms<T, 1, V>) sum[kRows];

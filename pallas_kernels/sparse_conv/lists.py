@@ -1,76 +1,79 @@
-"""The lists that a convolution over rows follows: for every tap, which input row goes to which output row."""
+"""What a convolution over rows follows: tables of neighbours, and lists of the pairs that are in them."""
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("sources", "targets", "counts", "rows_in", "rows_out"),
-    meta_fields=("capacity_in", "capacity_out"),
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("fwd", "bwd", "rows_in", "rows_out"), meta_fields=())
 @dataclasses.dataclass(frozen=True)
-class PairLists:
-    """Pairs of rows for every tap; within a tap a row appears at most once on either side.
+class KernelMap:
+    """Neighbours of rows under a kernel: `fwd[k, o] == i` exactly if `bwd[k, i] == o`.
+
+    A map is a value: make it once for each resolution, pass it to every layer there. In both tables the rows of a tap
+    that are there ascend.
 
     Args:
-        sources: int32 (taps, longest), input rows, ascending; behind the pairs of a tap the input capacity.
-        targets: int32 (taps, longest), their output rows, ascending; behind them the output capacity.
-        counts: int32 (taps,), pairs of each tap.
+        fwd: int32 (taps, capacity_out), the input row of each tap and output row; the input's capacity for none.
+        bwd: int32 (taps, capacity_in), the output row of each tap and input row; the output's capacity for none.
         rows_in: int32, input rows in use; those behind them are empty.
         rows_out: int32, output rows in use.
-        capacity_in: rows of the input, static.
-        capacity_out: rows of the output, static.
+    """
+
+    fwd: jax.Array
+    bwd: jax.Array
+    rows_in: jax.Array
+    rows_out: jax.Array
+
+    @property
+    def capacity_in(self) -> int:
+        """Rows of the input."""
+        return self.bwd.shape[1]
+
+    @property
+    def capacity_out(self) -> int:
+        """Rows of the output."""
+        return self.fwd.shape[1]
+
+    @property
+    def T(self) -> "KernelMap":
+        """The map of the transposed convolution, from the output's rows back to the input's."""
+        return KernelMap(self.bwd, self.fwd, self.rows_out, self.rows_in)
+
+
+class PairLists(NamedTuple):
+    """Pairs of rows for every tap; within a tap a row appears at most once on either side.
+
+    Attributes:
+        sources: int32 (taps, longest), input rows, ascending; behind the pairs of a tap the input's capacity.
+        targets: int32 (taps, longest), their output rows, ascending; behind them the output's capacity.
+        counts: int32 (taps,), pairs of each tap.
     """
 
     sources: jax.Array
     targets: jax.Array
     counts: jax.Array
-    rows_in: jax.Array
-    rows_out: jax.Array
-    capacity_in: int
-    capacity_out: int
-
-    @property
-    def T(self) -> "PairLists":
-        """The lists of the transposed convolution: sources and targets swapped."""
-        return PairLists(
-            self.targets, self.sources, self.counts, self.rows_out, self.rows_in, self.capacity_out, self.capacity_in
-        )
 
 
-def from_table(table: jax.Array, capacity_in: int, rows_in: jax.Array, rows_out: jax.Array) -> PairLists:
-    """Builds the lists from a table of neighbours.
-
-    Args:
-        table: int32 (capacity_out, taps): the input row that a tap reads for an output row, `capacity_in` for none.
-            Along a column, the rows that are there ascend.
-        capacity_in: rows of the input.
-        rows_in: int32, input rows in use.
-        rows_out: int32, output rows in use.
-
-    Returns:
-        The lists.
+def pair_lists(kernel_map: KernelMap) -> PairLists:
+    """Lists what is in the table of a map.
 
     Example:
-        >>> lists = from_table(jnp.array([[2, 0], [2, 1]]), 2, jnp.int32(2), jnp.int32(2))
+        >>> lists = pair_lists(KernelMap(jnp.array([[2, 2], [0, 1]]), jnp.array([[2, 2], [0, 1]]), 2, 2))
         >>> lists.counts.tolist(), lists.targets.tolist(), lists.sources.tolist()
         ([0, 2], [[2, 2], [0, 1]], [[2, 2], [0, 1]])
     """
-    capacity_out, _ = table.shape
-    longest = min(capacity_in, capacity_out)
-    order = jnp.arange(capacity_out, dtype=jnp.int32)
-    found = capacity_in > table.T
+    rows_in, rows_out = kernel_map.capacity_in, kernel_map.capacity_out
+    longest = min(rows_in, rows_out)
+    found = kernel_map.fwd < rows_in
     place = jnp.where(found, jnp.cumsum(found, axis=1, dtype=jnp.int32) - 1, longest)
+    order = jnp.arange(rows_out, dtype=jnp.int32)
 
-    def compact(place, column):
-        targets = jnp.full(longest, capacity_out, jnp.int32).at[place].set(order, mode="drop")
-        sources = jnp.full(longest, capacity_in, jnp.int32).at[place].set(column, mode="drop")
-        return sources, targets
+    def compact(place, row):
+        targets = jnp.full(longest, rows_out, jnp.int32).at[place].set(order, mode="drop")
+        return jnp.full(longest, rows_in, jnp.int32).at[place].set(row, mode="drop"), targets
 
-    sources, targets = jax.vmap(compact)(place, table.T.astype(jnp.int32))
-    counts = jnp.sum(found, axis=1, dtype=jnp.int32)
-    return PairLists(sources, targets, counts, rows_in, rows_out, capacity_in, capacity_out)
+    return PairLists(*jax.vmap(compact)(place, kernel_map.fwd), jnp.sum(found, axis=1, dtype=jnp.int32))

@@ -1,18 +1,21 @@
-"""Convolution over rows, one tap after the other over all rows; the derivatives are JAX's own."""
+"""Convolution over rows, one tap after the other over the whole table; the derivatives are JAX's own."""
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.sparse_conv.lists import PairLists
+from pallas_kernels.sparse_conv.lists import KernelMap
 
 
-def convolve(x: jax.Array, weights: jax.Array, lists: PairLists, groups: int) -> jax.Array:
-    """Adds up every tap's product by a scatter over its whole list, in the accumulation type."""
-    taps, _, features = weights.shape
-    out = jnp.zeros((lists.capacity_out, features), accumulator(x))
-    for tap in range(taps):
-        rows = jnp.take(x, lists.sources[tap], axis=0, mode="fill", fill_value=0)
-        out = out.at[lists.targets[tap]].add(times(rows, weights[tap], groups), mode="drop")
+def supports(x: jax.Array, weights: jax.Array, kernel_map: KernelMap, groups: int) -> str | None:
+    """None: it runs everywhere."""
+    del x, weights, kernel_map, groups
+
+
+def forward(x: jax.Array, weights: jax.Array, kernel_map: KernelMap, groups: int) -> jax.Array:
+    """Adds up the taps, in the accumulation type."""
+    out = 0
+    for row, kernel in zip(kernel_map.fwd, weights, strict=True):
+        out += times(rows_of(x, row), kernel, groups)
     return out
 
 
@@ -25,6 +28,11 @@ def times(rows: jax.Array, weights: jax.Array, groups: int) -> jax.Array:
     rows = rows.reshape(len(rows), groups, inputs)
     weights = weights.reshape(inputs, groups, outputs // groups)
     return jnp.einsum("ngi,igo->ngo", rows, weights, preferred_element_type=kind).reshape(len(rows), outputs)
+
+
+def rows_of(x: jax.Array, rows: jax.Array) -> jax.Array:
+    """Rows of x; zeros for those that it does not have."""
+    return jnp.take(x, rows, axis=0, mode="fill", fill_value=0)
 
 
 def accumulator(x: jax.Array):

@@ -3,6 +3,7 @@
 `masked_conv` works on dense arrays, `tile_conv` on the tiles that are active, `sparse_conv` on lists of sites.
 """
 
+from pallas_kernels.sparse_conv import KernelMap as KernelMap
 from sparsejax.convolution.masked import SiteMask as SiteMask
 from sparsejax.convolution.masked import apply_mask as apply_mask
 from sparsejax.convolution.masked import masked_conv as masked_conv
@@ -17,7 +18,6 @@ from sparsejax.convolution.plan import conv_plan as conv_plan
 from sparsejax.convolution.site_conv import sites_global_pool as sites_global_pool
 from sparsejax.convolution.site_conv import sparse_conv as sparse_conv
 from sparsejax.convolution.site_conv import sparse_pool as sparse_pool
-from sparsejax.convolution.site_maps import KernelMap as KernelMap
 from sparsejax.convolution.site_maps import strided_map as strided_map
 from sparsejax.convolution.site_maps import subm_map as subm_map
 from sparsejax.convolution.sites import Sites as Sites

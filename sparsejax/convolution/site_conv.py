@@ -2,10 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels import sparse_conv as kernel
-from sparsejax.convolution.site_maps import KernelMap
+from pallas_kernels.sparse_conv import KernelMap
 from sparsejax.convolution.sites import Sites
 
 
@@ -29,7 +28,7 @@ def sparse_conv(
         kernel_map: from `subm_map` or `strided_map`.
         bias: float (out,), or None; empty rows stay zero.
         groups: feature groups; `in` for a depthwise convolution.
-        implementation: None for the best; "xla", or "reference".
+        implementation: None for the best; "reference", "xla", "native" (CPU) or "gpu" works or raises.
 
     Returns:
         (capacity_out, out) in the dtype of `feats`, summed at least in float32.
@@ -46,7 +45,7 @@ def sparse_conv(
         [3.0, 3.0, 4.0]
     """
     taps = weights.reshape(-1, *weights.shape[-2:])
-    return kernel.sparse_conv(feats, taps, kernel_map.pairs, bias=bias, groups=groups, implementation=implementation)
+    return kernel.sparse_conv(feats, taps, kernel_map, bias=bias, groups=groups, implementation=implementation)
 
 
 def sparse_pool(feats: jax.Array, kernel_map: KernelMap, reduce: str = "max") -> jax.Array:
@@ -75,7 +74,7 @@ def sparse_pool(feats: jax.Array, kernel_map: KernelMap, reduce: str = "max") ->
     total = _sum_pool(feats, kernel_map)
     if reduce == "sum":
         return total
-    number = jnp.sum(kernel_map.fwd < kernel_map.bwd.shape[0], axis=1)
+    number = jnp.sum(kernel_map.fwd < kernel_map.capacity_in, axis=0)
     return total / jnp.maximum(number, 1)[:, None].astype(feats.dtype)
 
 
@@ -103,8 +102,8 @@ def sites_global_pool(sites: Sites, reduce: str = "mean") -> jax.Array:
     return total / jnp.maximum(number, 1)[:, None]
 
 
-def _over_taps(function, start, table):
-    return jax.lax.scan(lambda carry, column: (function(carry, *column), None), start, table)[0]
+def _over_taps(function, start, tables):
+    return jax.lax.scan(lambda carry, tap: (function(carry, *tap), None), start, tables)[0]
 
 
 def _rows(x, rows, fill=0.0):
@@ -113,8 +112,8 @@ def _rows(x, rows, fill=0.0):
 
 @jax.custom_vjp
 def _sum_pool(feats, kernel_map):
-    start = jnp.zeros((kernel_map.fwd.shape[0], feats.shape[1]), feats.dtype)
-    return _over_taps(lambda total, rows: total + _rows(feats, rows), start, (kernel_map.fwd.T,))
+    start = jnp.zeros((kernel_map.capacity_out, feats.shape[1]), feats.dtype)
+    return _over_taps(lambda total, rows: total + _rows(feats, rows), start, (kernel_map.fwd,))
 
 
 def _sum_forward(feats, kernel_map):
@@ -122,7 +121,7 @@ def _sum_forward(feats, kernel_map):
 
 
 def _sum_backward(kernel_map, gradient):
-    return _sum_pool(gradient, kernel_map.T), _nothing(kernel_map)
+    return _sum_pool(gradient, kernel_map.T), None
 
 
 _sum_pool.defvjp(_sum_forward, _sum_backward)
@@ -134,33 +133,29 @@ def _max_pool(feats, kernel_map):
 
 
 def _max_forward(feats, kernel_map):
-    rows, taps = kernel_map.fwd.shape
+    taps, rows = kernel_map.fwd.shape
 
-    def better(carry, column, tap):
+    def better(carry, sources, tap):
         best, winner = carry
-        found = (column < kernel_map.bwd.shape[0])[:, None]
-        value = _rows(feats, column)
+        found = (sources < kernel_map.capacity_in)[:, None]
+        value = _rows(feats, sources)
         wins = found & ((value > best) | (winner == taps))
         return jnp.where(wins, value, best), jnp.where(wins, tap, winner)
 
     start = jnp.zeros((rows, feats.shape[1]), feats.dtype), jnp.full((rows, feats.shape[1]), taps)
-    best, winner = _over_taps(better, start, (kernel_map.fwd.T, jnp.arange(taps)))
+    best, winner = _over_taps(better, start, (kernel_map.fwd, jnp.arange(taps)))
     return best, (winner, kernel_map)
 
 
 def _max_backward(saved, gradient):
     winner, kernel_map = saved
 
-    def collect(total, column, tap):
-        return total + jnp.where(_rows(winner, column, -1) == tap, _rows(gradient, column), 0)
+    def collect(total, targets, tap):
+        return total + jnp.where(_rows(winner, targets, -1) == tap, _rows(gradient, targets), 0)
 
-    rows, taps = kernel_map.bwd.shape
+    taps, rows = kernel_map.bwd.shape
     start = jnp.zeros((rows, gradient.shape[1]), gradient.dtype)
-    return _over_taps(collect, start, (kernel_map.bwd.T, jnp.arange(taps))), _nothing(kernel_map)
+    return _over_taps(collect, start, (kernel_map.bwd, jnp.arange(taps))), None
 
 
 _max_pool.defvjp(_max_forward, _max_backward)
-
-
-def _nothing(tree):
-    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), tree)

@@ -87,7 +87,7 @@ def look_up(
     wanted_keys: jax.Array,
     wanted: jax.Array,
     *,
-    grid: bool | None = None,
+    grid: bool,
 ) -> jax.Array:
     """Rows of pairs in a sorted list.
 
@@ -99,14 +99,12 @@ def look_up(
         wanted_batch: int32 (...), samples to find.
         wanted_keys: int32 (...), their keys.
         wanted: bool (...), False for what shall not be found.
-        grid: True for a table with an entry for each place, False for a binary search; None chooses by size.
+        grid: True for a table with an entry for each place, False for a binary search.
 
     Returns:
         int32 (...): the row, n for what is not there.
     """
     count = len(keys)
-    if grid is None:
-        grid = samples * size <= GRID_PLACES
     if grid:
         at = jnp.where(batch < samples, batch * size + keys, samples * size)
         table = jnp.full(samples * size, count, jnp.int32).at[at].set(jnp.arange(count, dtype=jnp.int32), mode="drop")

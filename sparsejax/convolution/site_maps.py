@@ -1,7 +1,5 @@
 """Kernel maps: which input site every tap of a convolution reads for every output site."""
 
-import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -10,43 +8,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.sparse_conv import PairLists, from_table
+from pallas_kernels.sparse_conv import KernelMap, native
 from sparsejax.convolution.shapes import output_shape, pads, per_dimension
-from sparsejax.convolution.site_keys import LAST_KEY, check_shape, inside, look_up, ravel, unique
+from sparsejax.convolution.site_keys import GRID_PLACES, LAST_KEY, check_shape, inside, look_up, ravel, unique
 from sparsejax.convolution.sites import Sites
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("fwd", "bwd", "pairs"), meta_fields=())
-@dataclasses.dataclass(frozen=True)
-class KernelMap:
-    """Neighbours of sites under a kernel: `fwd[o, k] == i` exactly if `bwd[i, k] == o`.
-
-    A map is a value: make it once for each resolution, pass it to every layer there.
-
-    Args:
-        fwd: int32 (capacity_out, taps), the input row of each output row and tap; the input's capacity for none.
-        bwd: int32 (capacity_in, taps), the output row of each input row and tap; the output's capacity for none.
-        pairs: the same as lists for each tap, which leave out what is missing.
-    """
-
-    fwd: jax.Array
-    bwd: jax.Array
-    pairs: PairLists
-
-    @property
-    def T(self) -> "KernelMap":
-        """The map of the transposed convolution, from the output sites back to the input sites."""
-        return KernelMap(self.bwd, self.fwd, self.pairs.T)
-
-
-def subm_map(sites: Sites, kernel: int | Sequence[int], *, dilation: int | Sequence[int] = 1, grid=None) -> KernelMap:
+def subm_map(
+    sites: Sites, kernel: int | Sequence[int], *, dilation: int | Sequence[int] = 1, search: str | None = None
+) -> KernelMap:
     """The map of a submanifold convolution: outputs are at the input's sites, so that sparsity stays as it is.
 
     Args:
         sites: the sites; features are not read.
         kernel: odd sides of the window.
         dilation: distance of the taps.
-        grid: how rows are found, by a table (True) or a search (False); None chooses by size. The map is the same.
+        search: how neighbours are found: "native" walks through sorted lists (CPU), "grid" has a table of all places,
+            "bisect" halves the list. None takes the first that works here and, for "grid", is small enough. The map is
+            the same.
 
     Returns:
         The map.
@@ -58,7 +37,7 @@ def subm_map(sites: Sites, kernel: int | Sequence[int], *, dilation: int | Seque
         >>> from sparsejax.convolution.sites import from_mask
         >>> sites = from_mask(jnp.ones((1, 4, 1)), jnp.array([[True, True, False, True]]), capacity=3)
         >>> subm_map(sites, 3).fwd.tolist()
-        [[3, 0, 1], [0, 1, 3], [3, 2, 3]]
+        [[3, 0, 3], [0, 1, 2], [1, 3, 3]]
 
     References:
         Graham and van der Maaten, Submanifold Sparse Convolutional Networks, 2017, arXiv:1706.01307, section 2.
@@ -69,9 +48,9 @@ def subm_map(sites: Sites, kernel: int | Sequence[int], *, dilation: int | Seque
         raise ValueError(
             f"kernel is {window}; a submanifold convolution needs odd sides, use strided_map for even ones"
         )
-    reach = (taps(window) - np.array(window) // 2) * np.array(spread)
-    fwd = _rows(sites, sites.batch, sites.coords + reach[:, None], sites.used[:, 0], grid)
-    return KernelMap(fwd, fwd[:, ::-1], from_table(fwd, sites.capacity, sites.count, sites.count))
+    low = [size // 2 * d for size, d in zip(window, spread, strict=True)]
+    fwd = _neighbours(sites, sites, window, (1,) * dims, [-n for n in low], spread, (1,) * dims, search)
+    return KernelMap(fwd, fwd[::-1], sites.count, sites.count)
 
 
 def strided_map(
@@ -82,7 +61,7 @@ def strided_map(
     padding=None,
     dilation: int | Sequence[int] = 1,
     capacity: int | None = None,
-    grid=None,
+    search: str | None = None,
 ) -> tuple[Sites, KernelMap]:
     """The map of a convolution whose outputs are at all sites that a kernel reaches.
 
@@ -97,7 +76,7 @@ def strided_map(
         dilation: distance of the taps.
         capacity: rows of the output; by default always enough: those of the input times the number of outputs that one
             site can reach (one where kernel equals stride), at most all places.
-        grid: as in `subm_map`.
+        search: as in `subm_map`.
 
     Returns:
         `(output sites, with no features; map)`. The transposed convolution from these back is `map.T`.
@@ -106,8 +85,8 @@ def strided_map(
         >>> from sparsejax.convolution.sites import from_mask
         >>> sites = from_mask(jnp.ones((1, 5, 1)), jnp.array([[True, True, False, False, True]]), capacity=3)
         >>> out, kernel_map = strided_map(sites, 2, 2)
-        >>> out.shape, out.keys[:2].tolist(), kernel_map.fwd[:2].tolist()
-        ((3,), [0, 2], [[0, 1], [2, 3]])
+        >>> out.shape, out.keys[:2].tolist(), kernel_map.fwd.tolist()
+        ((3,), [0, 2], [[0, 2, 3], [1, 3, 3]])
     """
     dims, shape = len(sites.shape), sites.shape
     window, step, spread = (
@@ -122,34 +101,44 @@ def strided_map(
         periods = (s // math.gcd(s, d) for s, d in zip(step, spread, strict=True))
         most = math.prod(-(-side // period) for side, period in zip(window, periods, strict=True))
         capacity = min(sites.capacity * most, sites.batch_size * math.prod(out_shape))
-    low, steps = np.array([pad for pad, _ in around]), np.array(step)
-    reach = (taps(window) * np.array(spread))[:, None]
-    at = sites.coords + low - reach
-    reached = at // steps
-    there = sites.used[:, 0] & jnp.all(at % steps == 0, axis=-1) & inside(reached, out_shape)
-    reached = jnp.where(there[..., None], reached, 0)
+    low, once = tuple(pad for pad, _ in around), (1,) * dims
+    back = (once, low, tuple(-d for d in spread), step)
+    reached, there = _reached(sites, out_shape, window, *back)
     out_batch, out_keys, count, overflow = unique(
         jnp.where(there, sites.batch, sites.batch_size).reshape(-1),
-        jnp.where(there, ravel(reached, out_shape), LAST_KEY).reshape(-1),
+        jnp.where(there, reached, LAST_KEY).reshape(-1),
         sites.batch_size,
         capacity,
     )
     nothing = jnp.zeros((capacity, 0), sites.feats.dtype)
     out = Sites(out_batch, out_keys, nothing, count, overflow | sites.overflow, out_shape, sites.batch_size)
-    bwd = _rows(out, sites.batch, reached, there, grid)
-    fwd = _rows(sites, out.batch, out.coords * steps - low + reach, out.used[:, 0], grid)
-    return out, KernelMap(fwd, bwd, from_table(fwd, sites.capacity, sites.count, out.count))
+    fwd = _neighbours(sites, out, window, step, tuple(-n for n in low), spread, once, search)
+    return out, KernelMap(fwd, _neighbours(out, sites, window, *back, search), sites.count, out.count)
 
 
-def taps(window: tuple[int, ...]) -> np.ndarray:
-    """The taps of a kernel, int (taps, dimensions), in the order of its weights reshaped to (taps, in, out)."""
-    return np.array(list(itertools.product(*(range(size) for size in window))))
+def _reached(rows: Sites, shape, window, scale, shift, spread, divide) -> tuple[jax.Array, jax.Array]:
+    """Keys in a grid of places `(coordinate * scale + shift + tap * spread) / divide`, and which are whole and inside.
+
+    Both are (taps, rows). For the outputs of a convolution these places are its inputs; for inputs, outputs.
+    """
+    taps = np.array(list(itertools.product(*(range(size) for size in window))))
+    at = rows.coords * np.array(scale) + (np.array(shift) + taps * np.array(spread))[:, None]
+    place = at // np.array(divide)
+    there = rows.used[:, 0] & jnp.all(at % np.array(divide) == 0, axis=-1) & inside(place, shape)
+    return ravel(jnp.where(there[..., None], place, 0), shape), there
 
 
-def _rows(sites: Sites, batch, coords, wanted, grid) -> jax.Array:
-    """The rows at coordinates (taps, n, dimensions) of samples (n,), as a table (n, taps)."""
-    wanted = wanted & inside(coords, sites.shape)
-    keys = ravel(jnp.where(wanted[..., None], coords, 0), sites.shape)
-    batch = jnp.broadcast_to(batch, keys.shape)
-    size = math.prod(sites.shape)
-    return look_up(sites.batch, sites.keys, sites.batch_size, size, batch, keys, wanted, grid=grid).T
+def _neighbours(listed: Sites, rows: Sites, window, scale, shift, spread, divide, search) -> jax.Array:
+    """The table (taps, rows) of where in a list of sites the places of `_reached` are."""
+    if search not in (None, "native", "grid", "bisect"):
+        raise ValueError(f"search is {search!r}; allowed are None, 'native', 'grid' and 'bisect'")
+    refused = native.unavailable() if search in (None, "native") else search
+    if refused is None:
+        both = ((each.batch, each.keys, each.shape, each.batch_size) for each in (listed, rows))
+        return native.neighbours(*both, window, scale=scale, shift=shift, spread=spread, divide=divide)
+    if search == "native":
+        raise ValueError(f"search='native' does not work here: {refused}")
+    keys, there = _reached(rows, listed.shape, window, scale, shift, spread, divide)
+    size, batch = math.prod(listed.shape), jnp.broadcast_to(rows.batch, keys.shape)
+    grid = listed.batch_size * size <= GRID_PLACES if search is None else search == "grid"
+    return look_up(listed.batch, listed.keys, listed.batch_size, size, batch, keys, there, grid=grid)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conv_problems import by_hand
 
+from pallas_kernels.sparse_conv import pair_lists
 from sparsejax import convolution
 from sparsejax.convolution import (
     check_overflow,
@@ -26,8 +27,8 @@ def slow(*values):
 
 
 from_coords = jax.jit(convolution.from_coords, static_argnames=("shape", "batch_size", "capacity", "duplicates"))
-subm_map = jax.jit(convolution.subm_map, static_argnames=("kernel", "grid"))
-strided_map = jax.jit(convolution.strided_map, static_argnames=("kernel", "stride", "capacity", "grid"))
+subm_map = jax.jit(convolution.subm_map, static_argnames=("kernel", "search"))
+strided_map = jax.jit(convolution.strided_map, static_argnames=("kernel", "stride", "capacity", "search"))
 
 
 def points(shape, count=60, samples=3, channels=4, repeats=False, seed=0):
@@ -88,11 +89,14 @@ def test_points_outside_and_invalid_ones_are_left_out():
 
 
 @pytest.mark.parametrize("shape", [(40,), slow((4, 5, 6))])
-def test_search_and_table_make_one_map(shape):
+def test_all_searches_make_one_map(shape):
     sites = make(shape, 70, count=40)
-    by_table, by_search = (jax.tree.leaves(strided_map(sites, 3, 2, grid=grid)) for grid in (True, False))
-    for a, b in zip(by_table, by_search, strict=True):
-        np.testing.assert_array_equal(a, b)
+    first, *others = (jax.tree.leaves(strided_map(sites, 3, 2, search=s)) for s in ("native", "grid", "bisect"))
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            np.testing.assert_array_equal(a, b)
+    with pytest.raises(ValueError, match="search is 'hash'"):
+        convolution.subm_map(sites, 3, search="hash")
 
 
 @pytest.mark.parametrize(("kernel", "stride"), [slow(3, 1), (3, 2), slow(2, 2), slow((3, 2), (1, 2))])
@@ -100,12 +104,12 @@ def test_maps_are_consistent_and_transpose(kernel, stride):
     sites = make()
     out, kernel_map = strided_map(sites, kernel, stride) if stride != 1 else (sites, subm_map(sites, kernel))
     fwd, bwd = np.asarray(kernel_map.fwd), np.asarray(kernel_map.bwd)
-    pairs = {(i, o, k) for o, k in itertools.product(*map(range, fwd.shape)) if (i := fwd[o, k]) < len(bwd)}
-    assert pairs == {(i, o, k) for i, k in itertools.product(*map(range, bwd.shape)) if (o := bwd[i, k]) < len(fwd)}
-    lists = kernel_map.pairs
+    pairs = {(i, o, k) for k, o in itertools.product(*map(range, fwd.shape)) if (i := fwd[k, o]) < bwd.shape[1]}
+    assert pairs == {(i, o, k) for k, i in itertools.product(*map(range, bwd.shape)) if (o := bwd[k, i]) < fwd.shape[1]}
+    lists = pair_lists(kernel_map)
     assert pairs == {
         (int(lists.sources[k, n]), int(lists.targets[k, n]), k)
-        for k in range(fwd.shape[1])
+        for k in range(fwd.shape[0])
         for n in range(int(lists.counts[k]))
     }
     for a, b in zip(jax.tree.leaves(kernel_map), jax.tree.leaves(kernel_map.T.T), strict=True):
@@ -217,7 +221,7 @@ def test_errors_name_what_is_wrong():
         sparse_conv(sites.feats, normal(2, 2, 4, 5), subm_map(sites, 3))
     with pytest.raises(ValueError, match="groups must divide"):
         sparse_conv(sites.feats, normal(3, 3, 4, 5), subm_map(sites, 3), groups=2)
-    with pytest.raises(ValueError, match="implementation is 'fast'"):
+    with pytest.raises(ValueError, match="implementation='fast'"):
         sparse_conv(sites.feats, normal(3, 3, 4, 5), subm_map(sites, 3), implementation="fast")
     with pytest.raises(ValueError, match="mask has shape"):
         from_mask(jnp.ones((2, 3, 1)), jnp.ones((2, 4), bool), capacity=3)

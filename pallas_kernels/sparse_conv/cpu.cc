@@ -1,0 +1,369 @@
+// Convolution over rows for CPUs: handlers for XLA's FFI, float32 and float64, and one that finds neighbours.
+//
+// A product goes through blocks of output rows and, in each, through the taps: the pairs of a tap are collected from its row
+// of the table of neighbours, and tiles of kRows input rows, read where they lie, are multiplied by two vectors of weights and
+// added to their output rows, which stay in the cache. Nothing else writes these rows, so nothing is scattered between
+// threads, and every sum runs in the order of taps. The derivative by the input is the same product with the other table.
+// The one by the weights sums parts of the rows apart, whose number depends on shapes only, and adds them up in order.
+// So results are the same bits in every run, on any number of threads.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "cpu.h"
+
+using namespace pallas;
+
+namespace {
+
+constexpr int64_t kBlock = 512;  // rows whose pairs are collected at a time
+constexpr int64_t kDepth = 128;  // pairs that a gradient sums in registers before it is added to memory
+constexpr int64_t kParts = 16;   // of the rows, that a gradient sums apart
+constexpr int64_t kPart = 1024;  // rows whose neighbours are found at a time
+
+using S32 = ffi::Buffer<ffi::S32>;
+
+// The pairs of one tap among some output rows. What lies outside the input is left out.
+struct Pairs {
+  int32_t source[kBlock], target[kBlock];
+  int64_t count = 0;
+  void Collect(const int32_t* table, int64_t begin, int64_t end, uint32_t rows) {
+    int64_t n = 0;
+    for (int64_t o = begin; o < end; o++) {
+      source[n] = table[o];
+      target[n] = o;
+      n += static_cast<uint32_t>(table[o]) < rows;
+    }
+    count = n;
+  }
+};
+
+// Sizes of a grouped convolution, and how its outputs are cut into panels of one or two vectors that lie in one group.
+template <class T>
+struct Sizes {
+  int64_t taps, groups, in, out, width, panels, inputs, outputs;
+  Sizes(int64_t taps, int64_t in, int64_t outputs, int64_t groups)
+      : taps(taps),
+        groups(groups),
+        in(in),
+        out(outputs / groups),
+        width(out > kLanes<T> ? 2 * kLanes<T> : kLanes<T>),
+        panels((out + width - 1) / width),
+        inputs(in * groups),
+        outputs(outputs) {}
+  bool Depthwise() const { return in == 1 && out == 1; }
+  int64_t All() const { return groups * panels; }
+  int64_t Column(int64_t panel) const { return panel / panels * out + panel % panels * width; }
+  int64_t Columns(int64_t panel) const { return std::min(width, out - panel % panels * width); }
+};
+
+// R pairs: rows of x times a panel of weights, added to rows of y.
+template <class T, int R, int V>
+void Rows(const int32_t* source, const int32_t* target, const T* x, int64_t ldx, const T* w, int64_t depth, T* y, int64_t ldy,
+          int64_t columns) {
+  const T* row[R];
+  Vec<T> sum[R][V];
+#pragma GCC unroll 12
+  for (int r = 0; r < R; r++) {
+    row[r] = x + source[r] * ldx;
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v++) sum[r][v] = Vec<T>{};
+  }
+  for (int64_t p = 0; p < depth; p++, w += V * kLanes<T>) {
+    Vec<T> line[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v++) line[v] = Load(w + v * kLanes<T>);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++) {
+      const Vec<T> s = All(row[r][p]);
+#pragma GCC unroll 2
+      for (int v = 0; v < V; v++) sum[r][v] += s * line[v];
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; r++) {
+    T* c = y + target[r] * ldy;
+    AddStored<T, V>(c, sum[r], columns);
+    Put<T, V>(c, sum[r], columns);
+  }
+}
+
+// The functions for 1 to kRows rows.
+template <class T, int V>
+struct Kernels {
+  decltype(&Rows<T, 1, V>) rows[kRows];
+  decltype(&Outer<T, 1, V>) outer[kRows];
+  template <int... R>
+  explicit Kernels(std::integer_sequence<int, R...>) : rows{Rows<T, R + 1, V>...}, outer{Outer<T, R + 1, V>...} {}
+  static const Kernels& Get() {
+    static const Kernels kernels{std::make_integer_sequence<int, kRows>()};
+    return kernels;
+  }
+};
+
+// Copies (taps, in, outputs) to (taps, panels, in, width), zeros behind the last columns.
+template <class T>
+void PackWeights(const T* w, const Sizes<T>& s, T* to) {
+  for (int64_t tap = 0; tap < s.taps; tap++, w += s.in * s.outputs) {
+    for (int64_t panel = 0; panel < s.All(); panel++) {
+      const int64_t n = s.Columns(panel);
+      for (int64_t p = 0; p < s.in; p++, to += s.width) {
+        std::memcpy(to, w + p * s.outputs + s.Column(panel), n * sizeof(T));
+        std::memset(to + n, 0, (s.width - n) * sizeof(T));
+      }
+    }
+  }
+}
+
+template <ffi::DataType kType>
+ffi::Error Forward(ffi::ThreadPool pool, int64_t groups, ffi::Buffer<kType> x, ffi::Buffer<kType> w, S32 table,
+                   ffi::ResultBuffer<kType> y) {
+  using T = ffi::NativeType<kType>;
+  auto xd = x.dimensions(), wd = w.dimensions(), td = table.dimensions();
+  const Sizes<T> s(wd[0], wd[1], wd[2], groups);
+  const int64_t rows = td[1];
+  Lease lease(s.Depthwise() ? 0 : s.taps * s.All() * s.in * s.width * sizeof(T));
+  T* packed = lease.As<T>();
+  if (!s.Depthwise()) PackWeights(w.typed_data(), s, packed);
+  // Few rows are cut finer, so that there is work for all threads.
+  const int64_t block = std::clamp<int64_t>(RoundUp(rows / 16, 32), 64, kBlock);
+  ParallelFor(pool, (rows + block - 1) / block, [&](int64_t b) {
+    const int64_t begin = b * block, end = std::min(rows, begin + block);
+    T* out = y->typed_data();
+    std::memset(out + begin * s.outputs, 0, (end - begin) * s.outputs * sizeof(T));
+    Pairs pairs;
+    for (int64_t tap = 0; tap < s.taps; tap++) {
+      pairs.Collect(table.typed_data() + tap * rows, begin, end, xd[0]);
+      if (s.Depthwise()) {
+        const T* scale = w.typed_data() + tap * s.outputs;
+        for (int64_t i = 0; i < pairs.count; i++) {
+          const T* from = x.typed_data() + pairs.source[i] * s.inputs;
+          T* to = out + pairs.target[i] * s.outputs;
+          for (int64_t c = 0; c < s.outputs; c++) to[c] += from[c] * scale[c];
+        }
+        continue;
+      }
+      const int64_t tiles = (pairs.count + kRows - 1) / kRows;
+      for (int64_t panel = 0; panel < s.All(); panel++) {
+        const T* from = x.typed_data() + panel / s.panels * s.in;
+        const T* weights = packed + (tap * s.All() + panel) * s.in * s.width;
+        T* to = out + s.Column(panel);
+        const int64_t columns = s.Columns(panel);
+        for (int64_t t = 0; t < tiles; t++) {
+          const int64_t first = Share(pairs.count, t, tiles), n = Share(pairs.count, t + 1, tiles) - first;
+          auto* kernel = columns > kLanes<T> ? Kernels<T, 2>::Get().rows[n - 1] : Kernels<T, 1>::Get().rows[n - 1];
+          kernel(pairs.source + first, pairs.target + first, from, s.inputs, weights, s.in, to, s.outputs, columns);
+        }
+      }
+    }
+  });
+  return ffi::Error::Success();
+}
+
+// dw (taps, in, outputs) += the sum over pairs of a tap of rows of x times rows of dy.
+template <class T>
+void AddPairs(const Pairs& pairs, const Sizes<T>& s, const T* x, const T* dy, T* left, T* right, T* dw, bool add) {
+  const int64_t tiles = (s.in + kRows - 1) / kRows;
+  for (int64_t begin = 0; begin < pairs.count; begin += kDepth, add = true) {
+    const int64_t depth = std::min(kDepth, pairs.count - begin);
+    for (int64_t p = 0; p < depth; p++) {
+      std::memcpy(left + p * s.inputs, x + pairs.source[begin + p] * s.inputs, s.inputs * sizeof(T));
+      const T* from = dy + pairs.target[begin + p] * s.outputs;
+      for (int64_t panel = 0; panel < s.All(); panel++) {
+        T* to = right + (p * s.All() + panel) * s.width;
+        const int64_t n = s.Columns(panel);
+        std::memcpy(to, from + s.Column(panel), n * sizeof(T));
+        std::memset(to + n, 0, (s.width - n) * sizeof(T));
+      }
+    }
+    for (int64_t panel = 0; panel < s.All(); panel++) {
+      const int64_t columns = s.Columns(panel);
+      for (int64_t t = 0; t < tiles; t++) {
+        const int64_t r0 = Share(s.in, t, tiles), n = Share(s.in, t + 1, tiles) - r0;
+        auto* kernel = columns > kLanes<T> ? Kernels<T, 2>::Get().outer[n - 1] : Kernels<T, 1>::Get().outer[n - 1];
+        kernel(depth, left + panel / s.panels * s.in + r0, s.inputs, right + panel * s.width, s.All() * s.width,
+               dw + r0 * s.outputs + s.Column(panel), s.outputs, columns, add);
+      }
+    }
+  }
+}
+
+template <ffi::DataType kType>
+ffi::Error WeightGradient(ffi::ThreadPool pool, int64_t groups, ffi::Buffer<kType> x, ffi::Buffer<kType> dy, S32 table,
+                          ffi::ResultBuffer<kType> dw) {
+  using T = ffi::NativeType<kType>;
+  auto xd = x.dimensions(), wd = dw->dimensions(), td = table.dimensions();
+  const Sizes<T> s(wd[0], wd[1], wd[2], groups);
+  const int64_t rows = td[1], parts = std::clamp<int64_t>(rows / (2 * kBlock), 1, kParts), size = s.in * s.outputs;
+  const int64_t scratch = kDepth * (s.inputs + s.All() * s.width);
+  Lease lease(parts * (s.taps * size + scratch) * sizeof(T));
+  T* sums = lease.As<T>();
+  std::vector<uint8_t> seen(parts * s.taps);
+  ParallelFor(pool, parts, [&](int64_t part) {
+    T* left = sums + parts * s.taps * size + part * scratch;
+    T* right = left + kDepth * s.inputs;
+    const int64_t last = Share(rows, part + 1, parts);
+    Pairs pairs;
+    for (int64_t begin = Share(rows, part, parts); begin < last; begin += kBlock) {
+      for (int64_t tap = 0; tap < s.taps; tap++) {
+        pairs.Collect(table.typed_data() + tap * rows, begin, std::min(begin + kBlock, last), xd[0]);
+        if (!pairs.count) continue;
+        T* to = sums + (part * s.taps + tap) * size;
+        uint8_t& add = seen[part * s.taps + tap];
+        if (s.Depthwise()) {
+          if (!add) std::memset(to, 0, size * sizeof(T));
+          for (int64_t i = 0; i < pairs.count; i++) {
+            const T* a = x.typed_data() + pairs.source[i] * s.inputs;
+            const T* b = dy.typed_data() + pairs.target[i] * s.outputs;
+            for (int64_t c = 0; c < s.outputs; c++) to[c] += a[c] * b[c];
+          }
+        } else {
+          AddPairs(pairs, s, x.typed_data(), dy.typed_data(), left, right, to, add);
+        }
+        add = 1;
+      }
+    }
+  });
+  ParallelFor(pool, s.taps, [&](int64_t tap) {
+    T* to = dw->typed_data() + tap * size;
+    std::memset(to, 0, size * sizeof(T));
+    for (int64_t part = 0; part < parts; part++) {
+      const T* from = sums + (part * s.taps + tap) * size;
+      if (!seen[part * s.taps + tap]) continue;
+      for (int64_t i = 0; i < size; i++) to[i] += from[i];
+    }
+  });
+  return ffi::Error::Success();
+}
+
+// ---- neighbours ----------------------------------------------------------------------------------------------------------
+
+using Numbers = ffi::Span<const int64_t>;
+
+// Rows of a sorted list of sites by their place in the whole grid: from bits and their counts, or by walking along the list.
+class SiteList {
+ public:
+  SiteList(int64_t samples, int64_t size, const int32_t* batch, const int32_t* keys, int64_t rows)
+      : samples_(samples), size_(size), batch_(batch), keys_(keys), rows_(rows) {
+    if (samples * size > kMostBits) return;
+    bits_.assign(samples * size / 64 + 1, 0);
+    before_.resize(bits_.size());
+    for (int64_t i = 0; i < rows && batch[i] < samples; i++) bits_[Place(i) / 64] |= uint64_t{1} << Place(i) % 64;
+    for (size_t word = 1; word < bits_.size(); word++) before_[word] = before_[word - 1] + __builtin_popcountll(bits_[word - 1]);
+  }
+  // The rows of places that ascend, those below 0 left out; the list's length for none.
+  void Find(const int64_t* places, int64_t count, int32_t* to) const {
+    if (!bits_.empty()) {
+      for (int64_t i = 0; i < count; i++) {
+        const int64_t place = std::max<int64_t>(places[i], 0);
+        const uint64_t word = bits_[place / 64], bit = uint64_t{1} << place % 64;
+        const int32_t row = before_[place / 64] + __builtin_popcountll(word & (bit - 1));
+        to[i] = (word & bit) != 0 && places[i] >= 0 ? row : rows_;
+      }
+      return;
+    }
+    int64_t at = -1;
+    for (int64_t i = 0; i < count; i++) {
+      to[i] = rows_;
+      if (places[i] < 0) continue;
+      if (at < 0) at = First(places[i]);
+      while (at < rows_ && Place(at) < places[i]) at++;
+      if (at < rows_ && Place(at) == places[i]) to[i] = at;
+    }
+  }
+
+ private:
+  static constexpr int64_t kMostBits = 1 << 26;
+  int64_t Place(int64_t row) const { return batch_[row] * size_ + keys_[row]; }
+  int64_t First(int64_t place) const {
+    int64_t low = 0, high = rows_;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      Place(middle) < place ? low = middle + 1 : high = middle;
+    }
+    return low;
+  }
+  int64_t samples_, size_;
+  const int32_t *batch_, *keys_;
+  int64_t rows_;
+  std::vector<uint64_t> bits_;
+  std::vector<int32_t> before_;
+};
+
+// For every tap and row the row in a list of the site at (coordinate * scale + shift + tap * spread) / divide, if that is whole
+// and inside the list's grid. Such sites ascend along the rows, as those of the list do.
+ffi::Error Neighbours(ffi::ThreadPool pool, int64_t samples, Numbers list_shape, Numbers shape, Numbers window, Numbers scale,
+                      Numbers shift, Numbers spread, Numbers divide, S32 list_batch, S32 list_keys, S32 batch, S32 keys,
+                      ffi::ResultBuffer<ffi::S32> table) {
+  const int64_t dims = shape.size(), rows = keys.element_count(), taps = table->dimensions()[0];
+  const int64_t parts = (rows + kPart - 1) / kPart;
+  int64_t size = 1;
+  for (int64_t n : list_shape) size *= n;
+  const SiteList list(samples, size, list_batch.typed_data(), list_keys.typed_data(), list_keys.element_count());
+  Lease lease(rows * dims * sizeof(int32_t));
+  int32_t* coords = lease.As<int32_t>();
+  ParallelFor(pool, parts, [&](int64_t part) {
+    for (int64_t i = part * kPart; i < std::min(rows, (part + 1) * kPart); i++) {
+      uint32_t key = keys.typed_data()[i];
+      for (int64_t d = dims; d-- > 0;) {
+        const uint32_t side = shape[d], rest = key / side;
+        coords[d * rows + i] = key - rest * side;
+        key = rest;
+      }
+    }
+  });
+  ParallelFor(pool, taps * parts, [&](int64_t unit) {
+    const int64_t tap = unit / parts, begin = unit % parts * kPart, count = std::min(rows - begin, kPart);
+    int64_t places[kPart];
+    for (int64_t i = 0; i < count; i++) places[i] = batch.typed_data()[begin + i] < samples ? batch.typed_data()[begin + i] : -1;
+    int64_t later = taps;
+    for (int64_t d = 0; d < dims; d++) {
+      later /= window[d];
+      const int64_t offset = shift[d] + tap / later % window[d] * spread[d], side = list_shape[d], by = scale[d];
+      const int32_t* from = coords + d * rows + begin;
+      for (int64_t i = 0; i < count; i++) {
+        int64_t at = from[i] * by + offset;
+        if (divide[d] > 1) at = at % divide[d] ? -1 : at / divide[d];
+        const bool inside = places[i] >= 0 && at >= 0 && at < side;
+        places[i] = inside ? places[i] * side + at : -1;
+      }
+    }
+    list.Find(places, count, table->typed_data() + tap * rows + begin);
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+#define SPARSE_CONV_BINDING(type)    \
+  ffi::Ffi::Bind()                   \
+      .Ctx<ffi::ThreadPool>()        \
+      .Attr<int64_t>("groups")       \
+      .Arg<ffi::Buffer<type>>()      \
+      .Arg<ffi::Buffer<type>>()      \
+      .Arg<S32>()                    \
+      .Ret<ffi::Buffer<type>>()
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparse_conv_forward_f32, Forward<ffi::F32>, SPARSE_CONV_BINDING(ffi::F32));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparse_conv_forward_f64, Forward<ffi::F64>, SPARSE_CONV_BINDING(ffi::F64));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparse_conv_dw_f32, WeightGradient<ffi::F32>, SPARSE_CONV_BINDING(ffi::F32));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparse_conv_dw_f64, WeightGradient<ffi::F64>, SPARSE_CONV_BINDING(ffi::F64));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparse_conv_neighbours, Neighbours,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<int64_t>("samples")
+                                  .Attr<Numbers>("list_shape")
+                                  .Attr<Numbers>("shape")
+                                  .Attr<Numbers>("window")
+                                  .Attr<Numbers>("scale")
+                                  .Attr<Numbers>("shift")
+                                  .Attr<Numbers>("spread")
+                                  .Attr<Numbers>("divide")
+                                  .Arg<S32>()
+                                  .Arg<S32>()
+                                  .Arg<S32>()
+                                  .Arg<S32>()
+                                  .Ret<S32>());
