@@ -5,137 +5,107 @@
 // order sums are formed depends on shapes and lists only, never on threads, so results are the same bits in every run.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <condition_variable>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <mutex>
-#include <new>
-#include <thread>
 
-#include "xla/ffi/api/ffi.h"
+#include "cpu.h"
 
-namespace ffi = xla::ffi;
+using namespace pallas;
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16, kRows = 8;
-#elif defined(__AVX__)
-constexpr int kLanes = 8, kRows = 4;
-#elif defined(__aarch64__)
-constexpr int kLanes = 4, kRows = 8;
-#else
-constexpr int kLanes = 4, kRows = 4;
-#endif
-constexpr int64_t kPanel = 2 * kLanes;  // columns of a panel
-constexpr int64_t kTile = 128;          // most queries, and most keys, of a piece of a tile
-constexpr int64_t kStrip = 32;          // keys whose scores stay in the first-level cache
+using Real = Vec<float>;
+constexpr int kWide = kLanes<float>;
+constexpr int kTall = kWide == 8 ? 4 : 8;  // rows of a tile of sums in registers
+constexpr int64_t kPanel = 2 * kWide;      // columns of a panel
+constexpr int64_t kTile = 128;             // most queries, and most keys, of a piece of a tile
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 constexpr float kLog2e = 1.44269504088896f;
 
-typedef float Vec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
-typedef int32_t Ints __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
-typedef uint32_t Words __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(kBytes), aligned(4), may_alias));
+typedef uint32_t Words __attribute__((vector_size(kBytes), aligned(4), may_alias));
 
-inline Vec Load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
-inline void Store(float* p, Vec x) { *reinterpret_cast<Vec*>(p) = x; }
-// x - 0 is x for every x, so this is a broadcast alone; 0 + x would be an addition.
-inline Vec All(float x) { return x - Vec{}; }
-inline Ints AllInts(int32_t x) { return Ints{} + x; }
 inline Words AllWords(uint32_t x) { return Words{} + x; }
 inline Words Lane() {
   Words r;
-  for (int i = 0; i < kLanes; i++) r[i] = i;
+  for (int i = 0; i < kWide; i++) r[i] = i;
   return r;
 }
-// Sum and largest of all lanes, by halves; half of the lanes of a and b in turn.
+inline Real Larger(Real a, Real b) { return a > b ? a : b; }
+// Largest of all lanes, by halves; half of the lanes of a and b in turn.
 #if defined(__clang__)
-inline float Sum(Vec x) {
-  float s = 0;
-  for (int i = 0; i < kLanes; i++) s += x[i];
-  return s;
-}
-inline float Max(Vec x) {
+inline float Max(Real x) {
   float s = x[0];
-  for (int i = 1; i < kLanes; i++) s = x[i] > s ? x[i] : s;
+  for (int i = 1; i < kWide; i++) s = x[i] > s ? x[i] : s;
   return s;
 }
-inline Vec Interleave(Vec a, Vec b, int from) {
-  Vec r;
-  for (int i = 0; i < kLanes; i++) r[i] = i % 2 ? b[from + i / 2] : a[from + i / 2];
+inline Real Interleave(Real a, Real b, int from) {
+  Real r;
+  for (int i = 0; i < kWide; i++) r[i] = i % 2 ? b[from + i / 2] : a[from + i / 2];
   return r;
 }
 #else
-inline float Sum(Vec x) {
-  for (int half = kLanes / 2; half; half /= 2) x += __builtin_shuffle(x, (Ints)(Lane() ^ half));
+inline float Max(Real x) {
+  for (int half = kWide / 2; half; half /= 2) x = Larger(x, __builtin_shuffle(x, (Ints)(Lane() ^ half)));
   return x[0];
 }
-inline float Max(Vec x) {
-  for (int half = kLanes / 2; half; half /= 2) {
-    Vec y = __builtin_shuffle(x, (Ints)(Lane() ^ half));
-    x = x > y ? x : y;
-  }
-  return x[0];
-}
-inline Vec Interleave(Vec a, Vec b, int from) {
-  return __builtin_shuffle(a, b, (Ints)((Lane() & 1) * kLanes + (Lane() >> 1) + from));
+inline Real Interleave(Real a, Real b, int from) {
+  return __builtin_shuffle(a, b, (Ints)((Lane() & 1) * kWide + (Lane() >> 1) + from));
 }
 #endif
-// The transpose of kLanes vectors: interleaving the two halves of the rows does one bit of the index at a time.
-inline void Transpose(Vec* x) {
+// The transpose of kWide vectors: interleaving the two halves of the rows does one bit of the index at a time.
+inline void Transpose(Real* x) {
 #pragma GCC unroll 4
-  for (int bit = 1; bit < kLanes; bit *= 2) {
-    Vec y[kLanes];
+  for (int bit = 1; bit < kWide; bit *= 2) {
+    Real y[kWide];
 #pragma GCC unroll 8
-    for (int i = 0; i < kLanes / 2; i++) {
-      y[2 * i] = Interleave(x[i], x[i + kLanes / 2], 0);
-      y[2 * i + 1] = Interleave(x[i], x[i + kLanes / 2], kLanes / 2);
+    for (int i = 0; i < kWide / 2; i++) {
+      y[2 * i] = Interleave(x[i], x[i + kWide / 2], 0);
+      y[2 * i + 1] = Interleave(x[i], x[i + kWide / 2], kWide / 2);
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes; i++) x[i] = y[i];
+    for (int i = 0; i < kWide; i++) x[i] = y[i];
   }
 }
 inline float Dot(const float* a, const float* b, int64_t n) {
-  Vec sum = Vec{};
+  Real sum = Real{};
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) sum += Load(a + i) * Load(b + i);
-  float s = Sum(sum);
+  for (; i + kWide <= n; i += kWide) sum += Load(a + i) * Load(b + i);
+  float s = Sum<float>(sum);
   for (; i < n; i++) s += a[i] * b[i];
   return s;
 }
-inline int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // 2^x for x <= 127, within 2 units in the last place; exactly 0 below -126.
-inline Vec Exp2(Vec x) {
-  const Vec z = x + 12582912.f;  // rounds to a whole number, which the lowest bits then hold
-  const Vec f = x - (z - 12582912.f);
-  Vec p = All(1.326472578e-03f);
+inline Real Exp2(Real x) {
+  const Real z = x + 12582912.f;  // rounds to a whole number, which the lowest bits then hold
+  const Real f = x - (z - 12582912.f);
+  Real p = All(1.326472578e-03f);
   p = p * f + 9.671512740e-03f;
   p = p * f + 5.550733748e-02f;
   p = p * f + 2.402224208e-01f;
   p = p * f + 6.931469776e-01f;
   p = p * f + 1.f;
   const Ints bits = (Ints)p + ((Ints)z << 23);
-  return x < -126.f ? Vec{} : (Vec)bits;
+  return x < -126.f ? Real{} : (Real)bits;
 }
-inline Vec Exp(Vec x) { return Exp2(x * kLog2e); }
+inline Real Exp(Real x) { return Exp2(x * kLog2e); }
 
 // tanh: a polynomial near 0 (Cephes tanhf), else 1 - 2 / (exp(2 |x|) + 1).
-inline Vec Tanh(Vec x) {
-  Vec size = x < 0.f ? -x : x;
-  Vec z = x * x;
-  Vec p = All(-5.70498872745e-3f);
+inline Real Tanh(Real x) {
+  Real size = x < 0.f ? -x : x;
+  Real z = x * x;
+  Real p = All(-5.70498872745e-3f);
   p = p * z + 2.06390887954e-2f;
   p = p * z - 5.37397155531e-2f;
   p = p * z + 1.33314422036e-1f;
   p = p * z - 3.33332819422e-1f;
   p = p * z * x + x;
-  Vec capped = size < 40.f ? size : All(40.f);
-  Vec q = 1.f - 2.f / (Exp(2.f * capped) + 1.f);
+  Real capped = size < 40.f ? size : All(40.f);
+  Real q = 1.f - 2.f / (Exp(2.f * capped) + 1.f);
   q = x < 0.f ? -q : q;
   return size < 0.625f ? p : q;
 }
@@ -149,59 +119,6 @@ inline Words Mix(Words x) {
   x = (x ^ (x >> 16)) * 0x7FEB352Du;
   x = (x ^ (x >> 15)) * 0x846CA68Bu;
   return x ^ (x >> 16);
-}
-
-// Memory aligned to cache lines, not initialised.
-class Buffer {
- public:
-  explicit Buffer(int64_t floats) : data_(static_cast<float*>(::operator new(floats * 4 + 64, std::align_val_t(64)))) {}
-  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  float* get() const { return data_; }
-
- private:
-  float* data_;
-};
-
-// Floats that a thread keeps between calls at most, for either use.
-constexpr int64_t kKept = int64_t{1} << 24;
-
-// Scratch of a thread, kept between calls; one for each kUse.
-template <int kUse>
-float* Scratch(int64_t floats) {
-  static thread_local std::unique_ptr<Buffer> buffer;
-  static thread_local int64_t size = 0;
-  if (size < floats) {
-    buffer.reset(new Buffer(floats));
-    size = floats;
-  }
-  return buffer->get();
-}
-
-// Runs f(0) ... f(n - 1) on the pool; the calling thread works too, and never waits for work that nobody has begun.
-template <class F>
-void ParallelFor(ffi::ThreadPool& pool, int64_t n, const F& f) {
-  struct State {
-    std::atomic<int64_t> next{0};
-    int64_t done = 0;
-    std::mutex mutex;
-    std::condition_variable finished;
-  };
-  int64_t helpers = std::min<int64_t>(pool.num_threads() - 1, n - 1);
-  auto state = std::make_shared<State>();
-  auto work = [state, n, &f]() {
-    int64_t count = 0;
-    for (int64_t i; (i = state->next.fetch_add(1)) < n; count++) f(i);
-    if (count == 0) return;
-    std::lock_guard<std::mutex> guard(state->mutex);
-    state->done += count;
-    if (state->done == n) state->finished.notify_one();
-  };
-  for (int64_t t = 0; t < helpers; t++) pool.Schedule(decltype(work)(work));
-  work();
-  std::unique_lock<std::mutex> guard(state->mutex);
-  state->finished.wait(guard, [&] { return state->done == n; });
 }
 
 // ---- products ------------------------------------------------------------------------------------------------------------
@@ -218,14 +135,14 @@ inline Panels RowMajor(const float* data, int64_t ld) { return {data, ld, kPanel
 // so that the sums stay in registers.
 template <int R, bool kTransposed>
 inline void Micro(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
-  Vec x[R][2];
+  Real x[R][2];
 #pragma GCC unroll 8
-  for (int r = 0; r < R; r++) x[r][0] = x[r][1] = Vec{};
+  for (int r = 0; r < R; r++) x[r][0] = x[r][1] = Real{};
   for (int64_t p = 0; p < depth; p++) {
-    const Vec b0 = Load(b + p * ldb), b1 = Load(b + p * ldb + kLanes);
+    const Real b0 = Load(b + p * ldb), b1 = Load(b + p * ldb + kWide);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-      const Vec s = All(kTransposed ? a[p * lda + r] : a[r * lda + p]);
+      const Real s = All(kTransposed ? a[p * lda + r] : a[r * lda + p]);
       x[r][0] += s * b0;
       x[r][1] += s * b1;
     }
@@ -234,13 +151,13 @@ inline void Micro(int64_t depth, const float* a, int64_t lda, const float* b, in
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
       Store(c + r * ldc, Load(c + r * ldc) + x[r][0]);
-      Store(c + r * ldc + kLanes, Load(c + r * ldc + kLanes) + x[r][1]);
+      Store(c + r * ldc + kWide, Load(c + r * ldc + kWide) + x[r][1]);
     }
   } else {
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
       Store(c + r * ldc, x[r][0]);
-      Store(c + r * ldc + kLanes, x[r][1]);
+      Store(c + r * ldc + kWide, x[r][1]);
     }
   }
 }
@@ -252,8 +169,8 @@ void Multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, int6
   const int64_t down = kTransposed ? 1 : lda;
   for (int64_t j = 0; j < columns; j += kPanel, b.data += b.step) {
     int64_t i = 0;
-    for (; i + kRows <= rows; i += kRows) {
-      Micro<kRows, kTransposed>(depth, a + i * down, lda, b.data, b.ld, c + i * ldc + j, ldc, add);
+    for (; i + kTall <= rows; i += kTall) {
+      Micro<kTall, kTransposed>(depth, a + i * down, lda, b.data, b.ld, c + i * ldc + j, ldc, add);
     }
     for (; i + 4 <= rows; i += 4) Micro<4, kTransposed>(depth, a + i * down, lda, b.data, b.ld, c + i * ldc + j, ldc, add);
     for (; i < rows; i++) Micro<1, kTransposed>(depth, a + i * down, lda, b.data, b.ld, c + i * ldc + j, ldc, add);
@@ -270,9 +187,9 @@ using OutF32 = ffi::ResultBuffer<ffi::F32>;
 
 enum Flags : int64_t { kBits = 1, kAlibi = 2, kBlockBias = 4 };
 
-// Which tile of the score matrix a strip of rows belongs to.
+// Queries [row0, row0 + rows) of block i of a head against keys [key0, key0 + keys) of block j, which is in a slot of the list.
 struct Place {
-  int64_t batch, head, i, slot, j, row0, rows, columns;  // columns: keys of the tile that exist for this batch element
+  int64_t batch, head, i, row0, rows, slot, j, key0, keys;
   bool partial;
 };
 
@@ -294,106 +211,91 @@ struct Call {
   int64_t ListRow(int64_t b, int64_t h, int64_t i) const {
     return ((bm == 1 ? 0 : b) * hm + h * hm / heads) * nq + i;
   }
+  // Queries that a piece of a block has from row0 on; keys of block j that exist for this batch element.
+  int64_t Rows(int64_t i, int64_t row0) const { return std::min({kTile, bq - row0, q_len - i * bq - row0}); }
+  int64_t Keys(int64_t b, int64_t j) const { return std::clamp<int64_t>(limits[b] - j * bk, 0, bk); }
+  bool Partial(int64_t list, int64_t slot) const { return (flags & kBits) && slot < n_part[list]; }
+  const uint8_t* Bits(int64_t b, int64_t h, int64_t i, int64_t slot) const {
+    const int64_t owner = (bits_b == 1 ? 0 : b) * bits_h + h * bits_h / heads;
+    return bits + ((owner * nq + i) * bits_p + slot) * bq * bits_bytes;
+  }
+  const int32_t* QueryPositions(int64_t b, int64_t row) const { return q_pos + (pos_b == 1 ? 0 : b) * q_len + row; }
+  const int32_t* KeyPositions(int64_t b, int64_t row) const { return kv_pos + (kv_pos_b == 1 ? 0 : b) * kv_len + row; }
+  float TileBias(int64_t list, int64_t slot) const { return (flags & kBlockBias) ? block_bias[list * width + slot] : 0.f; }
+  // Hash for dropout of a query's row.
+  uint32_t Line(int64_t b, int64_t h, int64_t row) const {
+    const uint32_t head = Mix(seed[0] + static_cast<uint32_t>(b * heads + h) * 0x9E3779B9u);
+    return Mix(head ^ (seed[1] + static_cast<uint32_t>(row) * 0x85EBCA6Bu));
+  }
+  // Dropout: what is kept is scaled, all else is 0.
+  Real Drop(Words line, Words key, Real x) const {
+    return (Mix(line + key * 0xC2B2AE35u) >> 8) >= threshold ? x * keep_scale : Real{};
+  }
+
   // Anything that changes scores beyond the scale.
   bool Plain() const { return soft_cap == 0 && !(flags & (kAlibi | kBlockBias)); }
-
-  // What queries are multiplied by before `Scores`: options beyond the scale need scores in natural units.
+  // What one operand is multiplied by before the product that gives scores: natural units if there are such options, else
+  // units of log 2, in which scores are after `Bend` in any case.
   float Units() const { return Plain() ? scale * kLog2e : scale; }
-
-  // Soft cap, biases and masks on scores with queries down and keys across, rows of bk_p floats. What no query may see becomes
-  // -inf.
-  void Finish(const Place& at, float* s) const {
-    if (!Plain()) {
-      const float tile_bias = (flags & kBlockBias) ? block_bias[ListRow(at.batch, at.head, at.i) * width + at.slot] : 0.f;
-      const int32_t* keys = kv_pos + (kv_pos_b == 1 ? 0 : at.batch) * kv_len + at.j * bk;
-      for (int64_t r = 0; r < at.rows; r++) {
-        float* row = s + r * bk_p;
-        if (soft_cap != 0) {
-          const float inverse = 1.f / soft_cap;
-          for (int64_t c = 0; c < bk_p; c += kLanes) {
-            Vec t = Tanh(Load(row + c) * inverse);
-            Store(row + c, t * soft_cap);
-          }
-        }
-        if (flags & kAlibi) {
-          const float steep = alibi[at.head];
-          const int32_t here = q_pos[(pos_b == 1 ? 0 : at.batch) * q_len + at.i * bq + at.row0 + r];
-          int64_t c = 0;
-          for (; c + kLanes <= at.columns; c += kLanes) {
-            Ints d = *reinterpret_cast<const Ints*>(keys + c) - here;
-            d = d < 0 ? -d : d;
-            Store(row + c, Load(row + c) - __builtin_convertvector(d, Vec) * steep);
-          }
-          for (; c < at.columns; c++) row[c] -= std::abs(static_cast<float>(keys[c] - here)) * steep;
-        }
-        if (flags & kBlockBias) {
-          for (int64_t c = 0; c < bk_p; c += kLanes) Store(row + c, Load(row + c) + tile_bias);
-        }
-      }
+  // Soft cap and biases. `slope`, where not null, receives the derivative of the soft cap.
+  Real Bend(Real score, float tile_bias, float steep, Real distance, float* slope) const {
+    if (soft_cap != 0) {
+      const Real t = Tanh(score * (1.f / soft_cap));
+      score = t * soft_cap;
+      if (slope) Store(slope, 1.f - t * t);
     }
-    if (at.partial) {
-      const int64_t owner = (bits_b == 1 ? 0 : at.batch) * bits_h + at.head * bits_h / heads;
-      const int64_t tile = (owner * nq + at.i) * bits_p + at.slot;
-      const Words one = AllWords(1) << Lane();
-      for (int64_t r = 0; r < at.rows; r++) {
-        const uint8_t* row_bits = bits + (tile * bq + at.row0 + r) * bits_bytes;
-        float* row = s + r * bk_p;
-        for (int64_t c = 0; c < at.columns; c += kLanes) {
-          uint32_t word = 0;
-          for (int64_t x = 0; x < std::max(kLanes / 8, 1) && c / 8 + x < bits_bytes; x++) {
-            word |= static_cast<uint32_t>(row_bits[c / 8 + x]) << (8 * x);
-          }
-          if (kLanes < 8) word >>= c % 8;
-          Words kept = AllWords(word) & one;
-          Store(row + c, kept != 0 ? Load(row + c) : All(kNothing));
-        }
-      }
-    }
-    if (at.columns < bk_p) {
-      for (int64_t r = 0; r < at.rows; r++) {
-        for (int64_t c = at.columns; c < bk_p; c++) s[r * bk_p + c] = kNothing;
-      }
-    }
+    return (score - distance * steep + tile_bias) * kLog2e;
   }
-
-  // Dropout: scales the kept values of a row and zeroes the others.
-  void Drop(const Place& at, int64_t r, float* row) const {
-    const uint32_t head = Mix(seed[0] + static_cast<uint32_t>(at.batch * heads + at.head) * 0x9E3779B9u);
-    const uint32_t line = Mix(head ^ (seed[1] + static_cast<uint32_t>(at.i * bq + at.row0 + r) * 0x85EBCA6Bu));
-    for (int64_t c = 0; c < bk_p; c += kLanes) {
-      Words hash = Mix(line + (Lane() + static_cast<uint32_t>(at.j * bk + c)) * 0xC2B2AE35u) >> 8;
-      Store(row + c, hash >= threshold ? Load(row + c) * keep_scale : Vec{});
-    }
-  }
+  float Steep(int64_t head) const { return (flags & kAlibi) ? alibi[head] : 0.f; }
 };
 
-// Copies rows of a [*, stride] matrix into panels [columns / kPanel][depth][kPanel]; missing rows and columns become 0.
-void PackRows(const float* from, int64_t stride, int64_t rows, int64_t depth, int64_t columns, float* to) {
-  for (int64_t j = 0; j < columns; j += kPanel, to += depth * kPanel) {
-    const int64_t n = std::min(kPanel, columns - j);
-    for (int64_t p = 0; p < depth; p++) {
-      float* line = to + p * kPanel;
-      if (p >= rows) {
-        std::memset(line, 0, kPanel * 4);
-      } else {
-        std::memcpy(line, from + p * stride + j, n * 4);
-        if (n < kPanel) std::memset(line + n, 0, (kPanel - n) * 4);
+inline Real Distance(Ints a, Ints b) {
+  const Ints d = a - b;
+  return __builtin_convertvector(d < 0 ? -d : d, Real);
+}
+// The first N bytes, of which `left` exist.
+template <class T, int N>
+inline T LoadBytes(const void* from, int64_t left) {
+  T x = {};
+  if (left >= N) {
+    std::memcpy(&x, from, N);
+  } else if (left > 0) {
+    std::memcpy(&x, from, left);
+  }
+  return x;
+}
+inline Ints LoadInts(const int32_t* from, int64_t count) { return LoadBytes<Ints, kBytes>(from, count * 4); }
+
+// Options and masks on scores with queries down and keys across, in rows of `ld` floats that are whole panels. What no query may
+// see becomes -inf.
+void Finish(const Call& c, const Place& at, float* s, int64_t ld, float* slope) {
+  const int64_t list = c.ListRow(at.batch, at.head, at.i), row0 = at.i * c.bq + at.row0, key0 = at.j * c.bk + at.key0;
+  if (!c.Plain()) {
+    const float tile_bias = c.TileBias(list, at.slot), steep = c.Steep(at.head);
+    const int32_t *there = c.KeyPositions(at.batch, key0), *here = c.QueryPositions(at.batch, row0);
+    for (int64_t r = 0; r < at.rows; r++) {
+      for (int64_t x = 0; x < at.keys; x += kWide) {
+        float* to = s + r * ld + x;
+        const Real distance = steep != 0 ? Distance(LoadInts(there + x, at.keys - x), Ints{} + here[r]) : Real{};
+        Store(to, c.Bend(Load(to), tile_bias, steep, distance, slope ? slope + r * ld + x : nullptr));
       }
     }
   }
-}
-
-// The same for the transpose: rows of `from` become columns.
-void PackColumns(const float* from, int64_t stride, int64_t rows, int64_t depth, int64_t columns_p, float* to) {
-  for (int64_t j = 0; j < columns_p; j += kPanel, to += depth * kPanel) {
-    for (int64_t c = 0; c < kPanel; c++) {
-      if (j + c < rows) {
-        const float* line = from + (j + c) * stride;
-        for (int64_t p = 0; p < depth; p++) to[p * kPanel + c] = line[p];
-      } else {
-        for (int64_t p = 0; p < depth; p++) to[p * kPanel + c] = 0;
+  if (at.partial) {
+    const uint8_t* tile_bits = c.Bits(at.batch, at.head, at.i, at.slot) + at.row0 * c.bits_bytes;
+    const Words one = AllWords(1) << Lane();
+    for (int64_t r = 0; r < at.rows; r++) {
+      for (int64_t x = 0; x < at.keys; x += kWide) {
+        const int64_t byte = (at.key0 + x) / 8;  // key0 is a multiple of 8
+        const auto word = LoadBytes<uint32_t, std::max(kWide / 8, 1)>(tile_bits + r * c.bits_bytes + byte, c.bits_bytes - byte);
+        const Words kept = AllWords(word >> x % 8) & one;
+        float* to = s + r * ld + x;
+        Store(to, kept != 0 ? Load(to) : All(kNothing));
       }
     }
+  }
+  for (int64_t r = 0; at.keys % kPanel && r < at.rows; r++) {
+    for (int64_t x = at.keys; x < RoundUp(at.keys, kPanel); x++) s[r * ld + x] = kNothing;
   }
 }
 
@@ -421,56 +323,23 @@ Call MakeCall(int64_t bq, int64_t bk, float scale, float soft_cap, float keep_sc
 
 // ---- tiles ---------------------------------------------------------------------------------------------------------------
 
-// Forward and backward hold the scores of a tile with keys down and queries across the lanes: keys and values are then read
-// where they lie, only queries are rearranged, once for a whole row of tiles, and the softmax needs no sums across lanes.
-
-// Up to kTile queries of one head.
-struct Queries {
-  int64_t batch, head, i, row0, rows, rows_p, ld;  // row0: within the query block; ld: floats of a row of scores
-  int64_t list;
-
-  int64_t First(const Call& c) const { return i * c.bq + row0; }
-};
-
-Queries MakeQueries(const Call& c, int64_t batch, int64_t head, int64_t i, int64_t row0) {
-  const int64_t rows = std::min({kTile, c.bq - row0, c.q_len - i * c.bq - row0}), rows_p = RoundUp(rows, kPanel);
-  // The odd number of cache lines spreads a column of scores over the whole cache.
-  return {batch, head, i, row0, rows, rows_p, rows_p + kLanes, c.ListRow(batch, head, i)};
-}
-constexpr int64_t kTileLd = kTile + kLanes;
-
-// Keys [x0, x0 + keys) of the key block in a slot.
-struct Keys {
-  int64_t slot, j, x0, keys;
-  bool partial;
-
-  int64_t First(const Call& c) const { return j * c.bk + x0; }
-};
-
 // The panels of the transpose of `rows` rows, times `scale`; missing rows become 0.
-void PackQueries(const float* from, int64_t stride, int64_t rows, int64_t rows_p, int64_t depth, float scale, float* to) {
-  for (int64_t j = 0; j < rows_p; j += kPanel, to += depth * kPanel) {
-    for (int64_t half = 0; half < kPanel; half += kLanes) {
-      const int64_t count = std::clamp<int64_t>(rows - j - half, 0, kLanes);
+void PackTransposed(const float* from, int64_t stride, int64_t rows, int64_t depth, float scale, float* to) {
+  for (int64_t j = 0; j < rows; j += kPanel, to += depth * kPanel) {
+    for (int64_t half = 0; half < kPanel; half += kWide) {
+      const int64_t count = std::clamp<int64_t>(rows - j - half, 0, kWide);
       const float* line = from + (j + half) * stride;
       int64_t p = 0;
-      for (; p + kLanes <= depth; p += kLanes) {
-        Vec x[kLanes];
-        for (int64_t c = 0; c < kLanes; c++) x[c] = c < count ? Load(line + c * stride + p) * scale : Vec{};
+      for (; p + kWide <= depth; p += kWide) {
+        Real x[kWide];
+        for (int64_t c = 0; c < kWide; c++) x[c] = c < count ? Load(line + c * stride + p) * scale : Real{};
         Transpose(x);
-        for (int64_t c = 0; c < kLanes; c++) Store(to + (p + c) * kPanel + half, x[c]);
+        for (int64_t c = 0; c < kWide; c++) Store(to + (p + c) * kPanel + half, x[c]);
       }
       for (; p < depth; p++) {
-        for (int64_t c = 0; c < kLanes; c++) to[p * kPanel + half + c] = c < count ? line[c * stride + p] * scale : 0.f;
+        for (int64_t c = 0; c < kWide; c++) to[p * kPanel + half + c] = c < count ? line[c * stride + p] * scale : 0.f;
       }
     }
-  }
-}
-
-// Rows of `depth_p` floats, times `scale`; what is past `depth` becomes 0.
-void CopyRows(const float* from, int64_t stride, int64_t rows, int64_t depth, int64_t depth_p, float scale, float* to) {
-  for (int64_t r = 0; r < rows; r++) {
-    for (int64_t d = 0; d < depth_p; d++) to[r * depth_p + d] = d < depth ? from[r * stride + d] * scale : 0.f;
   }
 }
 
@@ -481,134 +350,108 @@ inline void Fetch(const float* from, int64_t stride, int64_t rows, int64_t depth
   }
 }
 
-// The keys of the slot after `slot`.
-void FetchNext(const Call& c, const Queries& at, int64_t slot) {
-  if (slot + 1 >= c.n_tot[at.list]) return;
-  const int64_t next = c.idx[at.list * c.width + slot + 1] * c.bk;
-  Fetch(c.K(at.batch, next, at.head / c.group), c.kv_heads * c.dim, std::min({kTile, c.bk, c.kv_len - next}), c.dim);
-}
-
-// Rows as the right operand of a product: where they lie if they are whole panels, else copied to `room`.
-Panels AsPanels(const float* from, int64_t stride, int64_t rows, int64_t depth, int64_t depth_p, float* room) {
+// Rows as the right operand of a product: where they lie if they are whole panels, else copied to `room` and filled up with 0.
+Panels AsPanels(const float* from, int64_t stride, int64_t rows, int64_t depth, float* room) {
+  const int64_t depth_p = RoundUp(depth, kPanel);
   if (depth == depth_p) return RowMajor(from, stride);
-  CopyRows(from, stride, rows, depth, depth_p, 1.f, room);
+  for (int64_t r = 0; r < rows; r++) {
+    std::memcpy(room + r * depth_p, from + r * stride, depth * 4);
+    std::memset(room + r * depth_p + depth, 0, (depth_p - depth) * 4);
+  }
   return RowMajor(room, depth_p);
 }
+
+// to = from * scale.
+inline void CopyScaled(const float* from, int64_t n, float scale, float* to) {
+  int64_t d = 0;
+  for (; d + kWide <= n; d += kWide) Store(to + d, Load(from + d) * scale);
+  for (; d < n; d++) to[d] = from[d] * scale;
+}
+inline void AddTo(const float* from, int64_t n, float* to) {
+  int64_t d = 0;
+  for (; d + kWide <= n; d += kWide) Store(to + d, Load(to + d) + Load(from + d));
+  for (; d < n; d++) to[d] += from[d];
+}
+
+// ---- forward -------------------------------------------------------------------------------------------------------------
+
+// Scores lie with keys down and queries across the lanes: keys and values are read where they lie, only queries are rearranged,
+// once for a whole row of tiles, and the softmax needs no sums across lanes.
+
+constexpr int64_t kTileLd = kTile + kWide;  // the odd number of cache lines spreads a column over the whole cache
 
 // What the options need to know of each query.
 struct Lanes {
   int32_t here[kTile];    // positions
   uint32_t lines[kTile];  // hashes for dropout
 
-  Lanes(const Call& c, const Queries& at) {
-    const uint32_t head = c.threshold ? Mix(c.seed[0] + static_cast<uint32_t>(at.batch * c.heads + at.head) * 0x9E3779B9u) : 0;
-    const int32_t* q_pos = c.q_pos + (c.pos_b == 1 ? 0 : at.batch) * c.q_len + at.First(c);
-    for (int64_t r = 0; r < at.rows_p; r++) {
-      here[r] = (c.flags & kAlibi) && r < at.rows ? q_pos[r] : 0;
-      lines[r] = c.threshold ? Mix(head ^ (c.seed[1] + static_cast<uint32_t>(at.First(c) + r) * 0x85EBCA6Bu)) : 0;
-    }
-  }
-  Vec Distance(int64_t r, int32_t key) const {
-    const Ints d = *reinterpret_cast<const Ints*>(here + r) - key;
-    return __builtin_convertvector(d < 0 ? -d : d, Vec);
-  }
-  // Dropout of one vector of weights or of their gradients: scales what is kept.
-  Vec Drop(const Call& c, int64_t r, int64_t key, Vec x) const {
-    const Words line = *reinterpret_cast<const Words*>(lines + r);
-    const Words hash = Mix(line + static_cast<uint32_t>(key) * 0xC2B2AE35u) >> 8;
-    return hash >= c.threshold ? x * c.keep_scale : Vec{};
+  Lanes(const Call& c, int64_t b, int64_t h, int64_t row0, int64_t rows) {
+    for (int64_t r = 0; (c.flags & kAlibi) && r < kTile; r++) here[r] = r < rows ? c.QueryPositions(b, row0)[r] : 0;
+    for (int64_t r = 0; c.threshold && r < kTile; r++) lines[r] = c.Line(b, h, row0 + r);
   }
 };
 
-// Scores, in units of log 2, of keys [first, first + count) of `k`: products with the packed queries, then soft cap, biases and
-// masks. `cap`, where not null, receives the derivative of the soft cap. What no query may see becomes -inf.
-void Scores(const Call& c, const Queries& at, const Lanes& lanes, const Keys& k, int64_t first, int64_t count, const float* qt,
-            float* s, float* cap) {
-  const int64_t key0 = k.First(c) + first;
-  const float* keys = c.K(at.batch, key0, at.head / c.group);
-  Multiply<false>(count, at.rows_p, c.dim, keys, c.kv_heads * c.dim, Packed(qt, c.dim), s, at.ld, false);
+// Options and masks on such scores, in rows of kTileLd floats.
+void FinishAcross(const Call& c, const Place& at, const Lanes& lanes, float* s) {
+  const int64_t list = c.ListRow(at.batch, at.head, at.i), rows_p = RoundUp(at.rows, kPanel);
   if (!c.Plain()) {
-    const float tile_bias = (c.flags & kBlockBias) ? c.block_bias[at.list * c.width + k.slot] : 0.f;
-    const float steep = (c.flags & kAlibi) ? c.alibi[at.head] : 0.f, inverse = 1.f / c.soft_cap;
-    const int32_t* positions = c.kv_pos + (c.kv_pos_b == 1 ? 0 : at.batch) * c.kv_len + key0;
-    for (int64_t x = 0; x < count; x++) {
-      for (int64_t r = 0; r < at.rows_p; r += kLanes) {
-        Vec score = Load(s + x * at.ld + r);
-        if (c.soft_cap != 0) {
-          const Vec t = Tanh(score * inverse);
-          score = t * c.soft_cap;
-          if (cap) Store(cap + x * at.ld + r, 1.f - t * t);
-        }
-        if (c.flags & kAlibi) score -= lanes.Distance(r, positions[x]) * steep;
-        Store(s + x * at.ld + r, (score + tile_bias) * kLog2e);
+    const float tile_bias = c.TileBias(list, at.slot), steep = c.Steep(at.head);
+    const int32_t* there = c.KeyPositions(at.batch, at.j * c.bk + at.key0);
+    for (int64_t x = 0; x < at.keys; x++) {
+      for (int64_t r = 0; r < rows_p; r += kWide) {
+        float* to = s + x * kTileLd + r;
+        const Real distance = steep != 0 ? Distance(*reinterpret_cast<const Ints*>(lanes.here + r), Ints{} + there[x]) : Real{};
+        Store(to, c.Bend(Load(to), tile_bias, steep, distance, nullptr));
       }
     }
   }
-  if (k.partial) {
-    const int64_t owner = (c.bits_b == 1 ? 0 : at.batch) * c.bits_h + at.head * c.bits_h / c.heads;
-    const int64_t tile = (owner * c.nq + at.i) * c.bits_p + k.slot;
-    const uint8_t* tile_bits = c.bits + (tile * c.bq + at.row0) * c.bits_bytes;
-    for (int64_t r = 0; r < at.rows_p; r += kLanes) {
-      for (int64_t x = 0; x < count; x += 32) {  // first and x0 are multiples of 32
-        const int64_t byte = (k.x0 + first + x) / 8, bytes = std::min<int64_t>(4, c.bits_bytes - byte);
-        Words words = AllWords(0);
-        for (int64_t lane = 0; lane < std::min<int64_t>(kLanes, at.rows - r); lane++) {
-          uint32_t word = 0;
-          const uint8_t* from = tile_bits + (r + lane) * c.bits_bytes + byte;
-          for (int64_t n = 0; n < bytes; n++) word |= static_cast<uint32_t>(from[n]) << (8 * n);
-          words[lane] = word;
-        }
-        for (int64_t n = 0; n < std::min<int64_t>(32, count - x); n++) {
-          float* to = s + (x + n) * at.ld + r;
-          Store(to, (words & (1u << n)) != 0 ? Load(to) : All(kNothing));
-        }
+  if (!at.partial) return;
+  const uint8_t* tile_bits = c.Bits(at.batch, at.head, at.i, at.slot) + at.row0 * c.bits_bytes;
+  for (int64_t r = 0; r < rows_p; r += kWide) {
+    for (int64_t x = 0; x < at.keys; x += 32) {  // key0 is a multiple of 32
+      const int64_t byte = (at.key0 + x) / 8;
+      Words words = {};
+      for (int64_t lane = 0; lane < std::min<int64_t>(kWide, at.rows - r); lane++) {
+        words[lane] = LoadBytes<uint32_t, 4>(tile_bits + (r + lane) * c.bits_bytes + byte, c.bits_bytes - byte);
+      }
+      for (int64_t n = 0; n < std::min<int64_t>(32, at.keys - x); n++) {
+        float* to = s + (x + n) * kTileLd + r;
+        Store(to, (words & (1u << n)) != 0 ? Load(to) : All(kNothing));
       }
     }
   }
 }
 
-// ---- forward -------------------------------------------------------------------------------------------------------------
-
 // Scores become weights 2^(s - top); `top` and `total` are brought up to date. Whether earlier sums have to be multiplied by
 // `shrink`.
-bool Weights(const Call& c, const Queries& at, const Lanes& lanes, const Keys& k, float* s, float* top, float* total,
-             float* shrink) {
+bool Weights(int64_t rows_p, int64_t keys, float* s, float* top, float* total, float* shrink) {
   bool grown = false;
-  for (int64_t r = 0; r < at.rows_p; r += kPanel) {
-    const Vec before0 = Load(top + r), before1 = Load(top + r + kLanes);
-    Vec now0 = before0, now1 = before1;
-    for (int64_t x = 0; x < k.keys; x++) {
-      const Vec a = Load(s + x * at.ld + r), b = Load(s + x * at.ld + r + kLanes);
-      now0 = a > now0 ? a : now0;
-      now1 = b > now1 ? b : now1;
+  for (int64_t r = 0; r < rows_p; r += kPanel) {
+    const Real before0 = Load(top + r), before1 = Load(top + r + kWide);
+    Real now0 = before0, now1 = before1;
+    for (int64_t x = 0; x < keys; x++) {
+      now0 = Larger(Load(s + x * kTileLd + r), now0);
+      now1 = Larger(Load(s + x * kTileLd + r + kWide), now1);
     }
     // A query that has seen nothing yet: 2^(-inf - 0) = 0.
-    const Vec from0 = now0 > kNothing ? now0 : Vec{}, from1 = now1 > kNothing ? now1 : Vec{};
-    Vec sum0 = Vec{}, sum1 = Vec{};
-    for (int64_t x = 0; x < k.keys; x++) {
-      float* row = s + x * at.ld + r;
-      const Vec a = Exp2(Load(row) - from0), b = Exp2(Load(row + kLanes) - from1);
+    const Real from0 = now0 > kNothing ? now0 : Real{}, from1 = now1 > kNothing ? now1 : Real{};
+    Real sum0 = Real{}, sum1 = Real{};
+    for (int64_t x = 0; x < keys; x++) {
+      float* row = s + x * kTileLd + r;
+      const Real a = Exp2(Load(row) - from0), b = Exp2(Load(row + kWide) - from1);
       sum0 += a;
       sum1 += b;
       Store(row, a);
-      Store(row + kLanes, b);
+      Store(row + kWide, b);
     }
-    const Vec shrink0 = Exp2(before0 - from0), shrink1 = Exp2(before1 - from1);
+    const Real shrink0 = Exp2(before0 - from0), shrink1 = Exp2(before1 - from1);
     Store(top + r, now0);
-    Store(top + r + kLanes, now1);
+    Store(top + r + kWide, now1);
     Store(total + r, Load(total + r) * shrink0 + sum0);
-    Store(total + r + kLanes, Load(total + r + kLanes) * shrink1 + sum1);
+    Store(total + r + kWide, Load(total + r + kWide) * shrink1 + sum1);
     Store(shrink + r, shrink0);
-    Store(shrink + r + kLanes, shrink1);
+    Store(shrink + r + kWide, shrink1);
     for (int64_t x = 0; x < kPanel; x++) grown |= shrink[r + x] != 1.f;
-  }
-  if (c.threshold) {
-    for (int64_t x = 0; x < k.keys; x++) {
-      for (int64_t r = 0; r < at.rows_p; r += kLanes) {
-        float* w = s + x * at.ld + r;
-        Store(w, lanes.Drop(c, r, k.First(c) + x, Load(w)));
-      }
-    }
   }
   return grown;
 }
@@ -620,44 +463,56 @@ ffi::Error Forward(ffi::ThreadPool pool, int64_t bq, int64_t bk, float scale, fl
                           q_pos, kv_pos, block_bias, seed, limits);
   const int64_t cuts = (c.bq + kTile - 1) / kTile;
   ParallelFor(pool, c.batch * c.heads * c.nq * cuts, [&](int64_t t) {
-    const int64_t i = t / cuts % c.nq, h = t / cuts / c.nq % c.heads, b = t / cuts / c.nq / c.heads;
-    const Queries at = MakeQueries(c, b, h, i, t % cuts * kTile);
+    const int64_t i = t / cuts % c.nq, h = t / cuts / c.nq % c.heads, b = t / cuts / c.nq / c.heads, kv_h = h / c.group;
+    Place at{b, h, i, t % cuts * kTile, c.Rows(i, t % cuts * kTile), 0, 0, 0, 0, false};
     if (at.rows <= 0) return;
-    const Lanes lanes(c, at);
-    float* qt = Scratch<0>(kTile * (c.dim + 2 * c.v_dim_p + kTileLd + 3) + 64);
-    float *out = qt + kTile * c.dim, *room = out + kTile * c.v_dim_p, *s = room + kTile * c.v_dim_p;
+    const int64_t row0 = i * c.bq + at.row0, rows_p = RoundUp(at.rows, kPanel), list = c.ListRow(b, h, i);
+    const int64_t k_stride = c.kv_heads * c.dim, v_stride = c.kv_heads * c.v_dim;
+    const Lanes lanes(c, b, h, row0, at.rows);
+    const Lease lease(kTile * (c.dim + 2 * c.v_dim_p + kTileLd + 3) * 4);
+    float *qt = lease.As<float>(), *out = qt + kTile * c.dim, *room = out + kTile * c.v_dim_p, *s = room + kTile * c.v_dim_p;
     float *top = s + kTile * kTileLd, *total = top + kTile, *shrink = total + kTile;
-    PackQueries(c.Q(b, at.First(c), h), c.heads * c.dim, at.rows, at.rows_p, c.dim, c.Units(), qt);
-    for (int64_t r = 0; r < at.rows_p; r++) top[r] = kNothing, total[r] = 0;
+    PackTransposed(c.Q(b, row0, h), c.heads * c.dim, at.rows, c.dim, c.Units(), qt);
+    for (int64_t r = 0; r < rows_p; r++) top[r] = kNothing, total[r] = 0;
     bool first = true;
-    for (int64_t slot = 0; slot < c.n_tot[at.list]; slot++) {
-      Keys k{slot, c.idx[at.list * c.width + slot], 0, 0, (c.flags & kBits) && slot < c.n_part[at.list]};
-      const int64_t columns = std::min(c.bk, c.limits[b] - k.j * c.bk);
-      for (; k.x0 < columns; k.x0 += kTile) {
-        k.keys = std::min(kTile, columns - k.x0);
-        Fetch(c.V(b, k.First(c), h / c.group), c.kv_heads * c.v_dim, k.keys, c.v_dim);
-        Scores(c, at, lanes, k, 0, k.keys, qt, s, nullptr);
-        FetchNext(c, at, slot);
-        if (Weights(c, at, lanes, k, s, top, total, shrink) && !first) {
+    for (; at.slot < c.n_tot[list]; at.slot++) {
+      at.j = c.idx[list * c.width + at.slot], at.partial = c.Partial(list, at.slot);
+      const int64_t keys = c.Keys(b, at.j);
+      for (at.key0 = 0; at.key0 < keys; at.key0 += kTile) {
+        at.keys = std::min(kTile, keys - at.key0);
+        const int64_t key = at.j * c.bk + at.key0;
+        Fetch(c.V(b, key, kv_h), v_stride, at.keys, c.v_dim);
+        Multiply<false>(at.keys, rows_p, c.dim, c.K(b, key, kv_h), k_stride, Packed(qt, c.dim), s, kTileLd, false);
+        FinishAcross(c, at, lanes, s);
+        if (at.slot + 1 < c.n_tot[list]) {
+          const int64_t next = c.idx[list * c.width + at.slot + 1];
+          Fetch(c.K(b, next * c.bk, kv_h), k_stride, std::min(kTile, c.Keys(b, next)), c.dim);
+        }
+        if (Weights(rows_p, at.keys, s, top, total, shrink) && !first) {
           for (int64_t r = 0; r < at.rows; r++) {
-            float* row = out + r * c.v_dim_p;
-            if (shrink[r] == 1.f) continue;
-            for (int64_t d = 0; d < c.v_dim_p; d += kLanes) Store(row + d, Load(row + d) * shrink[r]);
+            if (shrink[r] != 1.f) CopyScaled(out + r * c.v_dim_p, c.v_dim_p, shrink[r], out + r * c.v_dim_p);
           }
         }
-        const Panels values =
-            AsPanels(c.V(b, k.First(c), h / c.group), c.kv_heads * c.v_dim, k.keys, c.v_dim, c.v_dim_p, room);
-        Multiply<true>(at.rows, c.v_dim_p, k.keys, s, at.ld, values, out, c.v_dim_p, !first);
+        for (int64_t x = 0; c.threshold && x < at.keys; x++) {
+          for (int64_t r = 0; r < rows_p; r += kWide) {
+            float* w = s + x * kTileLd + r;
+            Store(w, c.Drop(*reinterpret_cast<const Words*>(lanes.lines + r), AllWords(key + x), Load(w)));
+          }
+        }
+        const Panels values = AsPanels(c.V(b, key, kv_h), v_stride, at.keys, c.v_dim, room);
+        Multiply<true>(at.rows, c.v_dim_p, at.keys, s, kTileLd, values, out, c.v_dim_p, !first);
         first = false;
       }
     }
     for (int64_t r = 0; r < at.rows; r++) {
-      float* to = o->typed_data() + ((b * c.q_len + at.First(c) + r) * c.heads + h) * c.v_dim;
+      float* to = o->typed_data() + ((b * c.q_len + row0 + r) * c.heads + h) * c.v_dim;
       const bool some = !first && total[r] > 0;
-      const float share = some ? 1.f / total[r] : 0.f;
-      for (int64_t d = 0; d < c.v_dim; d++) to[d] = some ? out[r * c.v_dim_p + d] * share : 0.f;
-      lse->typed_data()[(b * c.heads + h) * c.q_len + at.First(c) + r] =
-          some ? top[r] / kLog2e + std::log(total[r]) : kNothing;
+      if (some) {
+        CopyScaled(out + r * c.v_dim_p, c.v_dim, 1.f / total[r], to);
+      } else {
+        std::memset(to, 0, c.v_dim * 4);
+      }
+      lse->typed_data()[(b * c.heads + h) * c.q_len + row0 + r] = some ? top[r] / kLog2e + std::log(total[r]) : kNothing;
     }
   });
   return ffi::Error::Success();
@@ -665,197 +520,229 @@ ffi::Error Forward(ffi::ThreadPool pool, int64_t bq, int64_t bk, float scale, fl
 
 // ---- backward ------------------------------------------------------------------------------------------------------------
 
-// to (+)= from, or 0 where there is nothing.
-inline void Add(const float* from, int64_t n, bool add, float* to) {
-  for (int64_t d = 0; d < n; d++) to[d] = (add ? to[d] : 0.f) + (from ? from[d] : 0.f);
-}
+// Who sees each key block, for all query heads of a key head: blocks in the order of (head, query block).
+struct Seen {
+  int32_t row, slot;  // row: head in the group * nq + query block
+};
 
-// One pass over the tiles gives all gradients. A task owns the rows of some query blocks for all query heads of a key head and
-// sums dk and dv into memory of its own, which the tasks of a key head then add to the result in their order.
+// One pass over the tiles gives all gradients. A task owns some key blocks of a key head and goes through the queries that see
+// them, so dk and dv stay in the cache; dq is summed by each of the `parts` of a key head in memory of its own (the first one,
+// if it can, in the result), and then over the parts in their order. Scores lie with queries down and keys across.
 ffi::Error Backward(ffi::ThreadPool pool, int64_t bq, int64_t bk, float scale, float soft_cap, float keep_scale,
                     int64_t threshold, int64_t flags, int64_t parts, F32 q, F32 k, F32 v, S32 idx, S32 n_part, S32 n_tot,
                     U8 bits, F32 alibi, S32 q_pos, S32 kv_pos, F32 block_bias, U32 seed, S32 limits, F32 o, F32 lse, F32 go,
                     F32 dlse, OutF32 dq, OutF32 dk, OutF32 dv, OutF32 dblock, OutF32 dalibi) {
   const Call c = MakeCall(bq, bk, scale, soft_cap, keep_scale, threshold, flags, q, k, v, idx, n_part, n_tot, bits, alibi,
                           q_pos, kv_pos, block_bias, seed, limits);
-  const int64_t kv_total = c.batch * c.kv_heads;
+  const int64_t kv_total = c.batch * c.kv_heads, queries = c.batch * c.heads * c.q_len, blocks = c.batch * c.heads * c.nq;
+  const int64_t q_stride = c.heads * c.dim, g_stride = c.heads * c.v_dim, rows_of_group = c.group * c.nq;
+  const int64_t direct = c.dim == c.dim_p;  // whether the first part writes to dq itself
+  const Lease stats(queries * 8), sums((parts - direct) * queries * c.dim_p * 4);
+  float *base = stats.As<float>(), *delta = base + queries;
+  std::unique_ptr<uint8_t[]> mark(new uint8_t[parts * blocks]());  // query blocks to whose dq a part has added
+  std::unique_ptr<int64_t[]> starts(new int64_t[kv_total * (c.nk + 1)]());
+  std::unique_ptr<std::unique_ptr<Seen[]>[]> seen(new std::unique_ptr<Seen[]>[kv_total]);
 
-  // Query blocks are cut so that the parts of a key head have about equally many tiles.
-  std::unique_ptr<int64_t[]> cuts(new int64_t[kv_total * (parts + 1)]);
-  for (int64_t n = 0; n < kv_total; n++) {
-    const int64_t b = n / c.kv_heads, h0 = n % c.kv_heads * c.group;
-    auto weight = [&](int64_t i) {
-      int64_t tiles = 1;
-      for (int64_t g = 0; g < c.group; g++) tiles += c.n_tot[c.ListRow(b, h0 + g, i)];
-      return tiles;
-    };
-    int64_t all = 0, seen = 0, part = 0;
-    for (int64_t i = 0; i < c.nq; i++) all += weight(i);
-    for (int64_t i = 0; i < c.nq; i++) {
-      while (part <= parts && seen * parts >= all * part) cuts[n * (parts + 1) + part++] = i;
-      seen += weight(i);
+  ParallelFor(pool, kv_total + blocks, [&](int64_t t) {
+    if (t < kv_total) {
+      const int64_t b = t / c.kv_heads, h0 = t % c.kv_heads * c.group;
+      int64_t* start = starts.get() + t * (c.nk + 1);
+      auto every = [&](auto visit) {
+        for (int64_t row = 0; row < rows_of_group; row++) {
+          const int64_t list = c.ListRow(b, h0 + row / c.nq, row % c.nq);
+          for (int64_t slot = 0; slot < c.n_tot[list]; slot++) visit(row, slot, c.idx[list * c.width + slot]);
+        }
+      };
+      every([&](int64_t, int64_t, int64_t j) { start[j + 1]++; });
+      for (int64_t j = 0; j < c.nk; j++) start[j + 1] += start[j];
+      seen[t].reset(new Seen[start[c.nk]]);
+      std::unique_ptr<int64_t[]> next(new int64_t[c.nk]);
+      std::copy(start, start + c.nk, next.get());
+      every([&](int32_t row, int32_t slot, int64_t j) { seen[t][next[j]++] = {row, slot}; });
+      return;
     }
-    while (part <= parts) cuts[n * (parts + 1) + part++] = c.nq;
-  }
+    const int64_t owner = (t - kv_total) / c.nq, row0 = (t - kv_total) % c.nq * c.bq, b = owner / c.heads, h = owner % c.heads;
+    for (int64_t row = row0; row < std::min(row0 + c.bq, c.q_len); row++) {
+      const int64_t n = owner * c.q_len + row, from = ((b * c.q_len + row) * c.heads + h) * c.v_dim;
+      // A query that sees nothing: 2^(s - inf) = 0 keeps all its gradients 0.
+      const bool some = lse.typed_data()[n] != kNothing;
+      base[n] = some ? lse.typed_data()[n] * kLog2e : -kNothing;
+      delta[n] = some ? Dot(o.typed_data() + from, go.typed_data() + from, c.v_dim) - dlse.typed_data()[n] : 0.f;
+    }
+  });
 
-  const int64_t k_tile = c.bk * c.dim_p, v_tile = c.bk * c.v_dim_p, sum_size = c.nk * (k_tile + v_tile);
-  std::unique_ptr<std::atomic<int64_t>[]> turn(new std::atomic<int64_t>[kv_total]());  // parts of a key head that are done
-  std::unique_ptr<uint8_t[]> written(new uint8_t[kv_total * c.nk]());
+  // Where a part sums the gradient of a query, and how many floats are from one query to the next.
+  const int64_t dq_ld[] = {c.dim_p, direct ? q_stride : c.dim_p};
+  auto grad = [&](int64_t part, int64_t b, int64_t h, int64_t row) {
+    if (direct && part == 0) return dq->typed_data() + ((b * c.q_len + row) * c.heads + h) * c.dim;
+    return sums.As<float>() + ((part - direct) * queries + (b * c.heads + h) * c.q_len + row) * c.dim_p;
+  };
+
   ParallelFor(pool, kv_total * parts, [&](int64_t t) {
-    const int64_t n = t / parts, part = t % parts, b = n / c.kv_heads, kv_h = n % c.kv_heads;
-    const int64_t begin = cuts[n * (parts + 1) + part], end = cuts[n * (parts + 1) + part + 1];
-    std::unique_ptr<Buffer> large(sum_size > kKept ? new Buffer(sum_size) : nullptr);
-    float* dk_sum = large ? large->get() : Scratch<1>(sum_size);
-    float* dv_sum = dk_sum + c.nk * k_tile;
-    std::unique_ptr<uint8_t[]> mark(new uint8_t[c.nk]());
-    float* qt = Scratch<0>(kTile * (c.dim + c.v_dim + 3 * c.dim_p + c.v_dim_p + kTileLd + 2) + 3 * kStrip * kTileLd + 64);
-    float *gt = qt + kTile * c.dim, *qs = gt + kTile * c.v_dim, *gq = qs + kTile * c.dim_p, *room = gq + kTile * c.dim_p;
-    float *gs = room + kTile * c.dim_p, *ds = gs + kTile * c.v_dim_p, *s = ds + kTile * kTileLd;
-    float *dp = s + kStrip * kTileLd, *cap = dp + kStrip * kTileLd, *delta = cap + kStrip * kTileLd, *base = delta + kTile;
-    // Queries [row0, row0 + kTile) of one block and head against everything in their list.
-    auto visit = [&](int64_t h, int64_t i, int64_t row0) {
-      const Queries at = MakeQueries(c, b, h, i, row0);
-      if (at.rows <= 0) return;
-      const Lanes lanes(c, at);
-      const int64_t query = b * c.q_len + at.First(c), stat = (b * c.heads + h) * c.q_len + at.First(c);
-      const float* grads = go.typed_data() + (query * c.heads + h) * c.v_dim;
-      const float* from = c.Q(b, at.First(c), h);
-      PackQueries(from, c.heads * c.dim, at.rows, at.rows_p, c.dim, c.Units(), qt);
-      PackQueries(grads, c.heads * c.v_dim, at.rows, at.rows_p, c.v_dim, 1.f, gt);
-      CopyRows(from, c.heads * c.dim, at.rows, c.dim, c.dim_p, c.scale, qs);
-      CopyRows(grads, c.heads * c.v_dim, at.rows, c.v_dim, c.v_dim_p, 1.f, gs);
-      for (int64_t r = 0; r < at.rows_p; r++) {
-        // A query that sees nothing, or does not exist: 2^(s - inf) = 0 keeps all its gradients 0.
-        const bool real = r < at.rows && lse.typed_data()[stat + r] != kNothing;
-        base[r] = real ? lse.typed_data()[stat + r] * kLog2e : -kNothing;
-        delta[r] = 0;
-        if (!real) continue;
-        const float* out = o.typed_data() + ((query + r) * c.heads + h) * c.v_dim;
-        delta[r] = Dot(out, grads + r * c.heads * c.v_dim, c.v_dim) - dlse.typed_data()[stat + r];
-      }
-      bool first = true;
-      double alibi_sum = 0;
-      for (int64_t slot = 0; slot < c.n_tot[at.list]; slot++) {
-        Keys k{slot, c.idx[at.list * c.width + slot], 0, 0, (c.flags & kBits) && slot < c.n_part[at.list]};
-        const int64_t columns = std::min(c.bk, c.limits[b] - k.j * c.bk);
-        const int32_t* positions = c.kv_pos + (c.kv_pos_b == 1 ? 0 : b) * c.kv_len + k.j * c.bk;
-        float *to_k = dk_sum + k.j * k_tile, *to_v = dv_sum + k.j * v_tile;
-        if (columns > 0 && columns < c.bk && !mark[k.j]) {
-          std::memset(to_k + columns * c.dim_p, 0, (c.bk - columns) * c.dim_p * 4);
-          std::memset(to_v + columns * c.v_dim_p, 0, (c.bk - columns) * c.v_dim_p * 4);
-        }
-        double tile_sum = 0;
-        for (; k.x0 < columns; k.x0 += kTile) {
-          k.keys = std::min(kTile, columns - k.x0);
-          Fetch(c.V(b, k.First(c), kv_h), c.kv_heads * c.v_dim, k.keys, c.v_dim);
-          for (int64_t x0 = 0; x0 < k.keys; x0 += kStrip) {
-            const int64_t count = std::min(kStrip, k.keys - x0), key0 = k.First(c) + x0;
-            float* dz = ds + x0 * at.ld;
-            Scores(c, at, lanes, k, x0, count, qt, s, cap);
-            Multiply<false>(count, at.rows_p, c.v_dim, c.V(b, key0, kv_h), c.kv_heads * c.v_dim, Packed(gt, c.v_dim), dp, at.ld,
-                            false);
-            Vec sum = Vec{}, far_sum = Vec{};
-            for (int64_t x = 0; x < count; x++) {
-              for (int64_t r = 0; r < at.rows_p; r += kLanes) {
-                const int64_t e = x * at.ld + r;
-                Vec weight = Exp2(Load(s + e) - Load(base + r)), back = Load(dp + e);
-                if (c.threshold) back = lanes.Drop(c, r, key0 + x, back);
-                Vec z = weight * (back - Load(delta + r));
-                if (c.threshold) weight = lanes.Drop(c, r, key0 + x, weight);
-                if (!c.Plain()) {
-                  sum += z;
-                  if (c.flags & kAlibi) far_sum += z * lanes.Distance(r, positions[k.x0 + x0 + x]);
-                  if (c.soft_cap != 0) z *= Load(cap + e);
-                }
-                Store(s + e, weight);
-                Store(dz + e, z);
-              }
-            }
-            tile_sum += Sum(sum);
-            alibi_sum -= Sum(far_sum);
-            Multiply<false>(count, c.dim_p, at.rows, dz, at.ld, RowMajor(qs, c.dim_p), to_k + (k.x0 + x0) * c.dim_p, c.dim_p,
-                            mark[k.j]);
-            Multiply<false>(count, c.v_dim_p, at.rows, s, at.ld, RowMajor(gs, c.v_dim_p), to_v + (k.x0 + x0) * c.v_dim_p,
-                            c.v_dim_p, mark[k.j]);
-          }
-          FetchNext(c, at, slot);
-          const Panels keys = AsPanels(c.K(b, k.First(c), kv_h), c.kv_heads * c.dim, k.keys, c.dim, c.dim_p, room);
-          Multiply<true>(at.rows, c.dim_p, k.keys, ds, at.ld, keys, gq, c.dim_p, !first);
-          first = false;
-        }
-        mark[k.j] |= columns > 0;
-        if (c.flags & kBlockBias) {
-          float* to = dblock->typed_data() + ((b * c.heads + h) * c.nq + i) * c.width + slot;
-          *to = static_cast<float>(tile_sum + (row0 ? *to : 0.f));
-        }
-      }
-      if (c.flags & kAlibi) {
-        float* to = dalibi->typed_data() + (b * c.heads + h) * c.nq + i;
-        *to = static_cast<float>(alibi_sum + (row0 ? *to : 0.f));
-      }
-      for (int64_t r = 0; r < at.rows; r++) {
-        float* to = dq->typed_data() + ((query + r) * c.heads + h) * c.dim;
-        for (int64_t d = 0; d < c.dim; d++) to[d] = first ? 0.f : gq[r * c.dim_p + d] * c.scale;
-      }
+    const int64_t n = t / parts, part = t % parts, b = n / c.kv_heads, kv_h = n % c.kv_heads, h0 = kv_h * c.group;
+    const int64_t* start = starts.get() + n * (c.nk + 1);
+    // The parts of a key head have about equally many tiles.
+    auto cut = [&](int64_t p) {
+      const int64_t all = start[c.nk] + c.nk;
+      int64_t j = p == parts ? c.nk : 0;
+      while (j < c.nk && (start[j] + j) * parts < all * p) j++;
+      return j;
     };
-    for (int64_t i = begin; i < end; i++) {
-      for (int64_t h = kv_h * c.group; h < (kv_h + 1) * c.group; h++) {
-        for (int64_t row0 = 0; row0 < c.bq; row0 += kTile) visit(h, i, row0);
-      }
-    }
+    const int64_t k_stride = c.kv_heads * c.dim, v_stride = c.kv_heads * c.v_dim;
+    const Lease lease((kTile * (3 * c.dim_p + 3 * c.v_dim_p + kTileLd + 3 * kPanel + c.dim_p)) * 4);
+    float *kt = lease.As<float>(), *vt = kt + kTile * c.dim_p, *k_sum = vt + kTile * c.v_dim_p;
+    float *v_sum = k_sum + kTile * c.dim_p, *room = v_sum + kTile * c.v_dim_p, *g_room = room + kTile * c.dim_p;
+    float *k_room = g_room + kTile * c.v_dim_p, *ds = k_room + kTile * c.dim_p, *s = ds + kTile * kTileLd;
+    float *dp = s + kTile * kPanel, *slope = dp + kTile * kPanel;
+    std::unique_ptr<double[]> alibi_sums(new double[c.group]());
 
-    // Parts are begun in their order, so whoever is waited for is at work.
-    while (turn[n].load(std::memory_order_acquire) != part) std::this_thread::yield();
-    for (int64_t j = 0; j < c.nk; j++) {
-      uint8_t& seen = written[n * c.nk + j];
-      if (!mark[j] && (seen || part < parts - 1)) continue;
-      for (int64_t r = 0; r < std::min(c.bk, c.kv_len - j * c.bk); r++) {
-        const int64_t row = (b * c.kv_len + j * c.bk + r) * c.kv_heads + kv_h;
-        Add(mark[j] ? dk_sum + j * k_tile + r * c.dim_p : nullptr, c.dim, seen, dk->typed_data() + row * c.dim);
-        Add(mark[j] ? dv_sum + j * v_tile + r * c.v_dim_p : nullptr, c.v_dim, seen, dv->typed_data() + row * c.v_dim);
+    // A piece of a tile; `add` says whether it adds to dk and dv, `add_q` to dq.
+    auto visit = [&](Place at, bool add, bool add_q, Panels keys) {
+      const int64_t row0 = at.i * c.bq + at.row0, key0 = at.key0, columns = at.keys;
+      const int64_t stat = (b * c.heads + at.head) * c.q_len + row0;
+      const float* g = go.typed_data() + ((b * c.q_len + row0) * c.heads + at.head) * c.v_dim;
+      const Panels q_rows = AsPanels(c.Q(b, row0, at.head), q_stride, at.rows, c.dim, room);
+      const Panels g_rows = AsPanels(g, g_stride, at.rows, c.v_dim, g_room);
+      double tile_sum = 0, far_sum = 0;
+      for (int64_t x0 = 0; x0 < columns; x0 += kPanel) {
+        at.key0 = key0 + x0, at.keys = std::min(kPanel, columns - x0);
+        Multiply<false>(at.rows, kPanel, c.dim, c.Q(b, row0, at.head), q_stride, Packed(kt + x0 * c.dim, c.dim), s, kPanel, false);
+        Finish(c, at, s, kPanel, slope);
+        Multiply<false>(at.rows, kPanel, c.v_dim, g, g_stride, Packed(vt + x0 * c.v_dim, c.v_dim), dp, kPanel, false);
+        Real sum = Real{}, far = Real{};
+        const int64_t key = at.j * c.bk + at.key0;
+        for (int64_t r = 0; r < at.rows; r++) {
+          const uint32_t line = c.threshold ? c.Line(b, at.head, row0 + r) : 0;
+          const Real from = All(base[stat + r]), less = All(delta[stat + r]);
+#pragma GCC unroll 2
+          for (int64_t x = 0; x < kPanel; x += kWide) {
+            const int64_t e = r * kPanel + x;
+            const Real weight = Exp2(Load(s + e) - from);
+            Real kept = weight, back = Load(dp + e);
+            if (c.threshold) {
+              const Words words = Lane() + static_cast<uint32_t>(key + x);
+              back = c.Drop(AllWords(line), words, back);
+              kept = c.Drop(AllWords(line), words, weight);
+            }
+            Real z = weight * (back - less);
+            if (!c.Plain()) {
+              sum += z;
+              if (c.flags & kAlibi) {
+                const Ints there = LoadInts(c.KeyPositions(b, key + x), std::max<int64_t>(at.keys - x, 0));
+                far += z * Distance(there, Ints{} + c.QueryPositions(b, row0)[r]);
+              }
+              if (c.soft_cap != 0) z *= Load(slope + e);
+            }
+            Store(s + e, kept);
+            Store(ds + r * kTileLd + x0 + x, z * c.scale);
+          }
+        }
+        tile_sum += Sum<float>(sum);
+        far_sum += Sum<float>(far);
+        Multiply<true>(at.keys, c.v_dim_p, at.rows, s, kPanel, g_rows, v_sum + x0 * c.v_dim_p, c.v_dim_p, add);
+        Multiply<true>(at.keys, c.dim_p, at.rows, ds + x0, kTileLd, q_rows, k_sum + x0 * c.dim_p, c.dim_p, add);
       }
-      seen = 1;
+      Multiply<false>(at.rows, c.dim_p, columns, ds, kTileLd, keys, grad(part, b, at.head, row0), dq_ld[part == 0], add_q);
+      if (c.flags & kBlockBias) {
+        dblock->typed_data()[((b * c.heads + at.head) * c.nq + at.i) * c.width + at.slot] += static_cast<float>(tile_sum);
+      }
+      alibi_sums[at.head - h0] -= far_sum;
+    };
+
+    for (int64_t j = cut(part), end = cut(part + 1); j < end; j++) {
+      const int64_t columns = c.Keys(b, j);
+      const Seen *from = seen[n].get() + start[j], *to = seen[n].get() + start[j + 1];
+      for (const Seen* x = from; (c.flags & kBlockBias) && x < to; x++) {
+        dblock->typed_data()[((b * c.heads + h0) * c.nq + x->row) * c.width + x->slot] = 0;
+      }
+      for (int64_t key0 = 0; key0 < columns; key0 += kTile) {
+        const int64_t count = std::min(kTile, columns - key0), key = j * c.bk + key0;
+        PackTransposed(c.K(b, key, kv_h), k_stride, count, c.dim, c.Units(), kt);
+        PackTransposed(c.V(b, key, kv_h), v_stride, count, c.v_dim, 1.f, vt);
+        const Panels keys = AsPanels(c.K(b, key, kv_h), k_stride, count, c.dim, k_room);
+        bool add = false;
+        for (const Seen* x = from; x < to; x++) {
+          const int64_t h = h0 + x->row / c.nq, i = x->row % c.nq;
+          if (x + 1 < to) {
+            const int64_t next_h = h0 + x[1].row / c.nq, next = x[1].row % c.nq, count = c.Rows(next, 0);
+            Fetch(c.Q(b, next * c.bq, next_h), q_stride, count, c.dim);
+            Fetch(go.typed_data() + ((b * c.q_len + next * c.bq) * c.heads + next_h) * c.v_dim, g_stride, count, c.v_dim);
+          }
+          uint8_t& marked = mark[part * blocks + (b * c.heads + h0) * c.nq + x->row];
+          for (int64_t row0 = 0; c.Rows(i, row0) > 0; row0 += kTile) {
+            visit({b, h, i, row0, c.Rows(i, row0), x->slot, j, key0, count, c.Partial(c.ListRow(b, h, i), x->slot)}, add, marked,
+                  keys);
+            add = true;
+          }
+          marked = 1;
+        }
+        for (int64_t r = 0; r < count; r++) {
+          const int64_t row = (b * c.kv_len + key + r) * c.kv_heads + kv_h;
+          CopyScaled(k_sum + r * c.dim_p, add ? c.dim : 0, 1.f, dk->typed_data() + row * c.dim);
+          CopyScaled(v_sum + r * c.v_dim_p, add ? c.v_dim : 0, 1.f, dv->typed_data() + row * c.v_dim);
+        }
+        if (!add) break;
+      }
+      for (int64_t r = from == to ? 0 : columns; r < std::min(c.bk, c.kv_len - j * c.bk); r++) {
+        const int64_t row = (b * c.kv_len + j * c.bk + r) * c.kv_heads + kv_h;
+        std::memset(dk->typed_data() + row * c.dim, 0, c.dim * 4);
+        std::memset(dv->typed_data() + row * c.v_dim, 0, c.v_dim * 4);
+      }
     }
-    turn[n].store(part + 1, std::memory_order_release);
+    for (int64_t g = 0; (c.flags & kAlibi) && g < c.group; g++) dalibi->typed_data()[t * c.group + g] = alibi_sums[g];
+  });
+
+  ParallelFor(pool, blocks, [&](int64_t t) {
+    const int64_t b = t / c.nq / c.heads, h = t / c.nq % c.heads, row0 = t % c.nq * c.bq;
+    for (int64_t row = row0; row < std::min(row0 + c.bq, c.q_len); row++) {
+      float* to = dq->typed_data() + ((b * c.q_len + row) * c.heads + h) * c.dim;
+      bool some = direct && mark[t];
+      for (int64_t part = direct; part < parts; part++) {
+        if (!mark[part * blocks + t]) continue;
+        if (some) {
+          AddTo(grad(part, b, h, row), c.dim, to);
+        } else {
+          CopyScaled(grad(part, b, h, row), c.dim, 1.f, to);
+        }
+        some = true;
+      }
+      if (!some) std::memset(to, 0, c.dim * 4);
+    }
   });
   return ffi::Error::Success();
 }
 
 // ---- decode --------------------------------------------------------------------------------------------------------------
 
-// Scores of a strip become weights exp(s - max); earlier sums are rescaled.
-void Soften(const Call& c, const Place& at, float* s, float* top, float* total, float* out, bool first) {
-  for (int64_t r = 0; r < at.rows; r++) {
+// Scores become weights 2^(s - top); earlier sums are rescaled.
+void Soften(const Call& c, int64_t rows, int64_t columns, float* s, float* top, float* total, float* out) {
+  for (int64_t r = 0; r < rows; r++) {
     float* row = s + r * c.bk_p;
-    Vec m0 = Load(row), m1 = Load(row + kLanes);
-    for (int64_t x = kPanel; x < c.bk_p; x += kPanel) {
-      Vec a = Load(row + x), b = Load(row + x + kLanes);
-      m0 = a > m0 ? a : m0;
-      m1 = b > m1 ? b : m1;
+    Real m0 = Load(row), m1 = Load(row + kWide);
+    for (int64_t x = kPanel; x < columns; x += kPanel) {
+      m0 = Larger(Load(row + x), m0);
+      m1 = Larger(Load(row + x + kWide), m1);
     }
-    const float before = top[r], now = std::max(before, Max(m0 > m1 ? m0 : m1));
+    const float before = top[r], now = std::max(before, Max(Larger(m0, m1)));
     if (now == kNothing) {
-      std::memset(row, 0, c.bk_p * 4);
+      std::memset(row, 0, columns * 4);
       continue;
     }
-    Vec sum0 = Vec{}, sum1 = Vec{};
-    for (int64_t x = 0; x < c.bk_p; x += kPanel) {
-      Vec a = Exp(Load(row + x) - now), b = Exp(Load(row + x + kLanes) - now);
+    Real sum0 = Real{}, sum1 = Real{};
+    for (int64_t x = 0; x < columns; x += kPanel) {
+      const Real a = Exp2(Load(row + x) - now), b = Exp2(Load(row + x + kWide) - now);
       sum0 += a;
       sum1 += b;
       Store(row + x, a);
-      Store(row + x + kLanes, b);
+      Store(row + x + kWide, b);
     }
     if (now != before) {
-      const float shrink = std::exp(before - now);
+      const float shrink = std::exp2(before - now);
       total[r] *= shrink;
       top[r] = now;
-      if (!first) {
-        for (int64_t x = 0; x < c.v_dim_p; x += kLanes) Store(out + r * c.v_dim_p + x, Load(out + r * c.v_dim_p + x) * shrink);
-      }
+      CopyScaled(out + r * c.v_dim_p, c.v_dim_p, shrink, out + r * c.v_dim_p);
     }
-    total[r] += Sum(sum0 + sum1);
-    if (c.threshold) c.Drop(at, r, row);
+    total[r] += Sum<float>(sum0 + sum1);
   }
 }
 
@@ -877,25 +764,25 @@ ffi::Error Decode(ffi::ThreadPool pool, int64_t bq, int64_t bk, float scale, flo
     const int64_t owner = t / parts, part = t % parts, b = owner / (c.kv_heads * split);
     const int64_t h0 = owner % (c.kv_heads * split) * owned, kv_h = h0 / c.group, list = c.ListRow(b, h0, 0);
     float *out = partial->typed_data() + t * record, *top = out + rows * c.v_dim_p, *total = top + rows;
-    float* s = Scratch<0>(rows * (c.bk_p + c.dim) + c.bk_p * c.dim + c.bk * c.v_dim_p + 64);
-    float *qs = s + rows * c.bk_p, *kt = qs + rows * c.dim, *vp = kt + c.bk_p * c.dim;
+    const Lease lease((rows * (c.bk_p + c.dim) + c.bk_p * c.dim + c.bk * c.v_dim_p) * 4);
+    float *s = lease.As<float>(), *qs = s + rows * c.bk_p, *kt = qs + rows * c.dim, *vp = kt + c.bk_p * c.dim;
     std::memset(out, 0, rows * c.v_dim_p * 4);
     for (int64_t r = 0; r < rows; r++) {
       const float* from = c.Q(b, r % c.q_len, h0 + r / c.q_len);
-      for (int64_t d = 0; d < c.dim; d++) qs[r * c.dim + d] = from[d] * c.scale;
+      CopyScaled(from, c.dim, c.Units(), qs + r * c.dim);
       top[r] = kNothing;
       total[r] = 0;
     }
     const int64_t count = c.n_tot[list], begin = count * part / parts, end = count * (part + 1) / parts;
     for (int64_t slot = begin; slot < end; slot++) {
-      const int64_t j = c.idx[list * c.width + slot], columns = std::min(c.bk, c.limits[b] - j * c.bk);
-      if (columns <= 0) continue;
+      const int64_t j = c.idx[list * c.width + slot], columns = c.Keys(b, j);
+      if (columns == 0) continue;
       const int64_t row0 = paged ? pages.typed_data()[b * blocks + j] * c.bk : b * stored + j * c.bk;
       const float* keys = c.k + (row0 * c.kv_heads + kv_h) * c.dim;
       const float* values = c.v + (row0 * c.kv_heads + kv_h) * c.v_dim;
       if (rows >= 4) {
-        PackColumns(keys, c.kv_heads * c.dim, columns, c.dim, c.bk_p, kt);
-        Multiply<false>(rows, c.bk_p, c.dim, qs, c.dim, Packed(kt, c.dim), s, c.bk_p, false);
+        PackTransposed(keys, c.kv_heads * c.dim, columns, c.dim, 1.f, kt);
+        Multiply<false>(rows, RoundUp(columns, kPanel), c.dim, qs, c.dim, Packed(kt, c.dim), s, c.bk_p, false);
       } else {
         for (int64_t x = 0; x < columns; x++) {
           for (int64_t r = 0; r < rows; r++) s[r * c.bk_p + x] = Dot(qs + r * c.dim, keys + x * c.kv_heads * c.dim, c.dim);
@@ -903,15 +790,17 @@ ffi::Error Decode(ffi::ThreadPool pool, int64_t bq, int64_t bk, float scale, flo
       }
       for (int64_t g = 0; g < owned; g++) {
         const int64_t r = g * c.q_len;
-        const Place at{b, h0 + g, 0, slot, j, 0, c.q_len, columns, (c.flags & kBits) && slot < c.n_part[list]};
-        c.Finish(at, s + r * c.bk_p);
-        Soften(c, at, s + r * c.bk_p, top + r, total + r, out + r * c.v_dim_p, false);
+        Finish(c, {b, h0 + g, 0, 0, c.q_len, slot, j, 0, columns, c.Partial(list, slot)}, s + r * c.bk_p, c.bk_p, nullptr);
       }
-      Panels right = RowMajor(values, c.kv_heads * c.v_dim);
-      if (c.v_dim % kPanel) {
-        PackRows(values, c.kv_heads * c.v_dim, columns, c.bk, c.v_dim, vp);
-        right = Packed(vp, c.bk);
+      Soften(c, rows, RoundUp(columns, kPanel), s, top, total, out);
+      for (int64_t r = 0; c.threshold && r < rows; r++) {
+        const Words line = AllWords(c.Line(b, h0 + r / c.q_len, r % c.q_len));
+        for (int64_t x = 0; x < columns; x += kWide) {
+          float* w = s + r * c.bk_p + x;
+          Store(w, c.Drop(line, Lane() + static_cast<uint32_t>(j * c.bk + x), Load(w)));
+        }
       }
+      const Panels right = AsPanels(values, c.kv_heads * c.v_dim, columns, c.v_dim, vp);
       Multiply<false>(rows, c.v_dim_p, columns, s, c.bk_p, right, out, c.v_dim_p, true);
     }
   });
@@ -927,13 +816,13 @@ ffi::Error Decode(ffi::ThreadPool pool, int64_t bq, int64_t bk, float scale, flo
       if (top != kNothing) {
         for (int64_t part = 0; part < parts; part++) {
           const float* from = first + part * record;
-          const float share = std::exp(from[rows * c.v_dim_p + r] - top);
+          const float share = std::exp2(from[rows * c.v_dim_p + r] - top);
           total += share * from[rows * (c.v_dim_p + 1) + r];
           for (int64_t d = 0; d < c.v_dim; d++) to[d] += share * from[r * c.v_dim_p + d];
         }
         for (int64_t d = 0; d < c.v_dim; d++) to[d] /= total;
       }
-      lse->typed_data()[(b * c.heads + h) * c.q_len + row] = top == kNothing ? kNothing : top + std::log(total);
+      lse->typed_data()[(b * c.heads + h) * c.q_len + row] = top == kNothing ? kNothing : top / kLog2e + std::log(total);
     }
   });
   return ffi::Error::Success();

@@ -160,11 +160,13 @@ def backward(
     batch, _, heads, _ = q.shape
     operands, attributes = _inputs(q, k, v, lists, extras, settings)
     block_shape = (batch, heads, lists.nq, lists.width) if extras.block_bias is not None else (1,)
-    alibi_shape = (batch, heads, lists.nq) if extras.alibi is not None else (1,)
-    shapes = [q.shape, k.shape, v.shape, block_shape, alibi_shape]
-    tiles_a_row = lists.width * heads // k.shape[2]
+    kv_heads, nk = k.shape[2], math.ceil(lists.kv_len / lists.bk)
+    tiles_a_row = lists.width * heads // kv_heads
     tasks = min(_TASKS, max(_TASKS_OF_SHORT_ROWS, tiles_a_row))
-    attributes["parts"] = np.int64(min(lists.nq, math.ceil(tasks / (batch * k.shape[2]))))
+    parts = min(nk, math.ceil(tasks / (batch * kv_heads)))
+    alibi_shape = (batch, kv_heads, parts, heads // kv_heads) if extras.alibi is not None else (1,)
+    shapes = [q.shape, k.shape, v.shape, block_shape, alibi_shape]
+    attributes["parts"] = np.int64(parts)
     saved = (o.astype(jnp.float32), lse, do.astype(jnp.float32), dlse)
     dq, dk, dv, dblock, dalibi = _call("bsa_backward", shapes, (*operands, *saved), attributes)
     grads = Extras()
@@ -176,5 +178,5 @@ def backward(
         dblock = dblock.sum(0, keepdims=True) if lists.idx.shape[0] < batch else dblock
         grads = grads._replace(block_bias=dblock.astype(extras.block_bias.dtype))
     if extras.alibi is not None:
-        grads = grads._replace(alibi=dalibi.sum((0, 2)).astype(extras.alibi.dtype))
+        grads = grads._replace(alibi=dalibi.sum((0, 2)).reshape(heads).astype(extras.alibi.dtype))
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), grads
