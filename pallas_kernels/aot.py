@@ -27,10 +27,12 @@ KERNELS = {
     "block_sparse_attention": "pallas_kernels.block_sparse_attention.programs",
     "block_sparse_matmul": "pallas_kernels.block_sparse_matmul.programs",
     "nm_matmul": "pallas_kernels.nm_matmul.programs",
+    "sparse_conv": "pallas_kernels.sparse_conv.programs",
+    "tile_conv": "pallas_kernels.tile_conv.programs",
 }
 """Modules with a dataclass `Shape` and `programs(shape, implementation, array) -> {name: (function, arguments)}`."""
 
-_H200 = """gpu_device_info {
+H200 = """gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
   threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
   block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 4800000000000 l2_cache_size: 52428800
@@ -39,6 +41,7 @@ _H200 = """gpu_device_info {
 }
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } device_description_str: "NVIDIA H200"
 """
+"""One H200 in XLA's target format."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +142,7 @@ def compile_for(target: str, kernel: str, shape: Any, *, timeout: float = 900) -
         job = {"target": target, "kernel": kernel, "shape": dataclasses.asdict(shape), "folder": folder}
         done = subprocess.run(
             [sys.executable, "-m", "pallas_kernels.aot", "--worker", json.dumps(job)],
-            env=os.environ | _environment(target, folder),
+            env=os.environ | environment(target) | _dumps(target, folder),
             capture_output=True,
             text=True,
             timeout=timeout,
@@ -155,12 +158,15 @@ def compile_for(target: str, kernel: str, shape: Any, *, timeout: float = 900) -
     return reports
 
 
-def _environment(target: str, folder: str) -> dict[str, str]:
+def environment(target: str) -> dict[str, str]:
+    """Variables of a process that compiles for a chip that need not be there; JAX reads them as it starts.
+
+    Args:
+        target: "h200" for GPUs; anything else is a TPU.
+    """
     common = {"JAX_PLATFORMS": "cpu"}
-    if target in TPU_TOPOLOGIES:
-        flags = f"--xla_jf_dump_to={folder}/all --xla_jf_dump_llo_text=true"
+    if target != "h200":
         return common | {
-            "LIBTPU_INIT_ARGS": flags,
             "TPU_SKIP_MDS_QUERY": "1",
             "TPU_WORKER_HOSTNAMES": "localhost",
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -169,10 +175,13 @@ def _environment(target: str, folder: str) -> dict[str, str]:
     return common | {
         "XLA_FLAGS": f"--xla_gpu_cuda_data_dir={cuda}",
         "PATH": f"{cuda}/bin:{os.environ.get('PATH', '')}",
-        "MOSAIC_GPU_DUMP_TO": f"{folder}/all",
-        "MOSAIC_GPU_DUMP_PTX": "1",
-        "MOSAIC_GPU_DUMP_PTXAS": "1",
     }
+
+
+def _dumps(target: str, folder: str) -> dict[str, str]:
+    if target in TPU_TOPOLOGIES:
+        return {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder}/all --xla_jf_dump_llo_text=true"}
+    return {"MOSAIC_GPU_DUMP_TO": f"{folder}/all", "MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
 
 
 def _work(job: dict[str, Any]) -> None:
@@ -184,7 +193,7 @@ def _work(job: dict[str, Any]) -> None:
     target, folder = job["target"], Path(job["folder"])
     module = _module(job["kernel"])
     topology = TPU_TOPOLOGIES.get(target)
-    array, context = compat.tpu_target(topology) if topology else compat.gpu_target(_H200)
+    array, context = compat.tpu_target(topology) if topology else compat.gpu_target(H200)
     programs = module.programs(module.Shape(**job["shape"]), "tpu" if topology else "gpu", array)
     for name, (function, arguments) in programs.items():
         (folder / "all").mkdir()

@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.tile_conv import reference, xla
+from pallas_kernels import choice as choices
 from pallas_kernels.tile_conv.geometry import Geometry
 
-IMPLEMENTATIONS = {"reference": reference.convolve, "xla": xla.convolve}
+KERNEL = "tile_conv"
 
 
 def tile_conv(
@@ -25,17 +25,18 @@ def tile_conv(
         x: float (capacity, *tile, in), the tiles.
         weights: float (*window, in / groups, out).
         neighbours: int32 (capacity, 3^dims), for each tile the row of the next one in every direction, directions in
-            the order of `xla.directions`; `capacity` for none. If b is next to a, a is next to b on the other side.
+            the order of `directions`, itself among them; `capacity` for none. If b is next to a, a is next to b on the
+            other side.
         used: bool (capacity,), False for empty rows, which stay zero.
         geometry: sizes.
         bias: float (out,), or None.
-        implementation: None for the best; "xla", or "reference".
+        implementation: None for the best; "reference", "xla", "tpu" or "gpu" works or raises.
 
     Returns:
         (capacity, *tile_out, out) in the dtype of `x`, summed at least in float32.
 
     Raises:
-        ValueError: shapes do not fit, a window reaches too far, or there is no such implementation.
+        ValueError: shapes do not fit, a window reaches too far, or the named implementation does not take the call.
 
     Example:
         >>> geometry = Geometry((2,), (3,), (1,), (1,), (1,))
@@ -56,10 +57,12 @@ def tile_conv(
             f"weights have shape {weights.shape}; with {inputs} inputs in {geometry.groups} groups and the window "
             f"{geometry.window} they must be {(*geometry.window, inputs // geometry.groups, 'out')}"
         )
-    name = implementation or "xla"
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation is {name!r}; allowed are None, {', '.join(map(repr, IMPLEMENTATIONS))}")
-    out = IMPLEMENTATIONS[name](x, weights, neighbours, geometry)
+    # An empty row has no neighbours and is not there itself.
+    neighbours = jnp.where(used[:, None], neighbours, capacity)
+    platform = choices.platform_of(x, weights)
+    wanted = implementation or ("xla" if platform == "cpu" else None)
+    name = choices.settled(choices.choose(KERNEL, wanted, platform, x, weights, neighbours, geometry))
+    out = choices.path(KERNEL, name).convolve(x, weights, neighbours, geometry)
     if bias is not None:
         out = out + bias.astype(out.dtype)
     return jnp.where(used.reshape(-1, *[1] * (dims + 1)), out, 0).astype(x.dtype)
