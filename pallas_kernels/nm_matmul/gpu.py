@@ -1,11 +1,15 @@
-"""N:M products on Hopper GPUs: a decode kernel that reads the stored values once, at the speed of memory.
+"""N:M products on Hopper GPUs: a kernel for decoding, and one for patterns that columns share.
 
 For a few rows of x (decoding) the product is bound by what it reads, and the stored form is all that is read: every
 warpgroup walks down some groups of a stripe of columns, picks for each stored value the feature at its position by
 selects, and adds up in registers. Sums of different groups meet afterwards, in a fixed order.
 
-Many rows (training, prefill) are bound by products, which values in scattered places do not save: sparse `wgmma` is not
-offered for Hopper. Those calls are refused; the "xla" path multiplies them, and gives the gradients here.
+Where 64 columns or more share a pattern, a program owns some rows of x and columns of one pattern. TMA brings the
+features that the pattern meets, which are rows of the transpose of x, and the values; `wgmma` wants features
+interleaved, so they pass through registers into that form. Only n / m of the products are formed.
+
+Other calls with many rows (training, prefill) are bound by products, which values in scattered places do not save:
+sparse `wgmma` is not offered for Hopper. They are refused; the "xla" path multiplies them, and gives all gradients.
 """
 
 from typing import Any
@@ -16,8 +20,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import gpu_ring
 from pallas_kernels.compat import gpu_load
+from pallas_kernels.gpu_ring import columns_of, tile_of
 from pallas_kernels.nm_matmul import xla
+from pallas_kernels.nm_matmul.positions import inputs_of
 from pallas_kernels.nm_matmul.shapes import Sizes
 
 Array = Any
@@ -44,6 +51,10 @@ def forward(x: Array, values: Array, positions: Array, sizes: Sizes, *, interpre
         x, values, positions, sizes: as `supports` accepts them.
         interpret: None, or `plgpu.InterpretGPUParams(...)` to run on any machine (JAX 0.12).
     """
+    return (_decoded if sizes.share == 1 else _shared)(x, values, positions, sizes, interpret)
+
+
+def _decoded(x, values, positions, sizes: Sizes, interpret):
     rows, n, m = x.shape[0], sizes.n, sizes.m
     width = _width(sizes.outputs)
     stripes = sizes.outputs // width
@@ -108,6 +119,52 @@ def forward(x: Array, values: Array, positions: Array, sizes: Sizes, *, interpre
     return parts.sum(0).astype(x.dtype)
 
 
+def _shared(x, values, positions, sizes: Sizes, interpret):
+    rows, columns = x.shape[0], columns_of(sizes.share)
+    tile = tile_of(2 if rows > gpu_ring.ROWS else 1, 1, columns, 2, scratch=8 * gpu_ring.ROWS**2)
+    features = gpu_ring.pad(x, tile.rows, 1).T
+    values = gpu_ring.pad(values, gpu_ring.ROWS, 1)
+    inputs = inputs_of(positions, sizes).T
+    inputs = jnp.pad(inputs, ((0, 0), (0, values.shape[0] - inputs.shape[1])))
+
+    def body(refs, i, j):
+        features_ref, values_ref, inputs_ref, ready = refs
+        group = lax.div(j * columns, jnp.int32(sizes.share))
+
+        def copies(t, a, b):
+            yield values_ref.at[pl.ds(t * gpu_ring.ROWS, gpu_ring.ROWS), pl.ds(j * columns, columns)], b
+            for r in range(gpu_ring.ROWS):
+                met = inputs_ref[group, t * gpu_ring.ROWS + r]
+                yield features_ref.at[pl.ds(met, 1), pl.ds(i * tile.rows, tile.rows)], a.at[pl.ds(r, 1)]
+
+        def factors(t, a, b, worker, piece):
+            del piece
+            mine = a.at[:, pl.ds(worker * gpu_ring.ROWS, gpu_ring.ROWS)]
+            return gpu_ring.interleaved(mine, ready.at[worker, lax.rem(t, jnp.int32(2))]).transpose((1, 0)), b
+
+        def target(first):
+            return pl.ds(i * tile.rows + first, gpu_ring.ROWS), pl.ds(j * columns, columns)
+
+        return values.shape[0] // gpu_ring.ROWS, copies, factors, target
+
+    y = gpu_ring.launch(
+        "nm_matmul_forward",
+        body,
+        tile,
+        (
+            plgpu.SMEM((tile.stages, gpu_ring.ROWS, tile.rows), x.dtype),
+            gpu_ring.shared((tile.stages, gpu_ring.ROWS, columns), x.dtype),
+        ),
+        jax.ShapeDtypeStruct((features.shape[1], sizes.outputs), x.dtype),
+        {"row": features.shape[1] // tile.rows, "column": sizes.outputs // columns},
+        (features, values, inputs),
+        interpret,
+        copies=gpu_ring.ROWS + 1,
+        scratch=[gpu_ring.shared((tile.workers, 2, gpu_ring.ROWS, gpu_ring.ROWS), x.dtype)],
+    )
+    return y[:rows]
+
+
 def backward(x: Array, values: Array, positions: Array, sizes: Sizes, dy: Array) -> tuple[Array, Array]:
     """dx [M, K] and dvalues, by the XLA path."""
     return xla.backward(x, values, positions, sizes, dy)
@@ -118,8 +175,10 @@ def supports(x: Array, values: Array, positions: Array, sizes: Sizes) -> str | N
     del positions
     if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32) or values.dtype != x.dtype:
         return f"dtypes {x.dtype} and {values.dtype}; the GPU kernel takes bfloat16, float16 or float32, both alike"
+    if sizes.share % gpu_ring.ROWS == 0:
+        return None if x.dtype != jnp.float32 else "float32; the tensor cores take bfloat16 or float16"
     if sizes.share != 1:
-        return f"a pattern shared by {sizes.share} columns; implementation='xla' gathers for dense products"
+        return f"a pattern shared by {sizes.share} columns; the GPU kernel takes multiples of {gpu_ring.ROWS}, or 1"
     if x.shape[0] > MAX_ROWS:
         return (
             f"{x.shape[0]} rows; the GPU kernel decodes at most {MAX_ROWS}: more are bound by products, which "

@@ -108,41 +108,35 @@ def _put_in_place(tile: _Tile, values, positions, r):
             r["w"][p, row : row + CHUNK, column : column + LANES] = found.astype(r["w"].dtype)
 
 
-def _join(tile: _Tile, values, r):
-    """Fills `w`: the s-th values of every group, `[n, groups, columns]`."""
-    _bring_apart(tile, values, r, "v")
-    for row, column in _corners(tile.groups, tile.columns):
-        for s, value in enumerate(_stored(tile, values, r, "v", row, column)):
-            r["w"][s, row : row + CHUNK, column : column + LANES] = value.astype(r["w"].dtype)
-
-
 def _pick(tile: _Tile, x, positions, r):
-    """Fills `x`: the features that the s-th values of the column group meet, `[n, rows, groups]`."""
+    """Fills `x`: the features that the values of the column group meet, the s-th ones of all groups side by side."""
     packed = x.dtype.itemsize < 4
-    for row in range(0, tile.rows, CHUNK):
-        rows = slice(row, min(row + CHUNK, tile.rows))
-        for column in range(0, tile.groups, LANES):
-            lanes = slice(column, column + LANES)
+    for column in range(0, tile.groups, LANES):
+        lanes = slice(column, column + LANES)
+        places = [positions[0, s : s + 1, lanes] for s in range(tile.n)]
+        masks = [[place == p for p in range(1, tile.m)] for place in places]
+        for row in range(0, tile.rows, CHUNK):
+            rows = slice(row, min(row + CHUNK, tile.rows))
             # Two rows of a 16-bit type share a row of a register: a mask of lanes holds for both.
             features = [x[p, rows, lanes] for p in range(tile.m)]
             features = [pltpu.bitcast(f, jnp.int32) for f in features] if packed else features
-            for s in range(tile.n):
-                place, found = positions[0, s : s + 1, lanes], features[0]
-                for p in range(1, tile.m):
-                    found = jnp.where(place == p, features[p], found)
-                r["x"][s, rows, lanes] = pltpu.bitcast(found, x.dtype) if packed else found
+            for s, mask in enumerate(masks):
+                found = features[0]
+                for here, feature in zip(mask, features[1:], strict=True):
+                    found = jnp.where(here, feature, found)
+                to = slice(s * tile.groups + column, s * tile.groups + column + LANES)
+                r["x"][rows, to] = pltpu.bitcast(found, x.dtype) if packed else found
 
 
 def _forward_kernel(tile: _Tile, names, x, values, positions, y, *scratch):
     r = dict(zip(names, scratch, strict=True))
     step = pl.program_id(2)
     if tile.picked:
-        _join(tile, values, r)
         _pick(tile, x, positions, r)
+        found = _dot(r["x"][...], values[...].reshape(-1, tile.columns), ((1,), (0,)))
     else:
         _put_in_place(tile, values, positions, r)
-    left = r["x"] if tile.picked else x
-    found = functools.reduce(jnp.add, [_dot(left[i], r["w"][i], ((1,), (0,))) for i in range(r["w"].shape[0])])
+        found = functools.reduce(jnp.add, [_dot(x[p], r["w"][p], ((1,), (0,))) for p in range(tile.m)])
 
     @pl.when(step == 0)
     def _():
@@ -166,9 +160,8 @@ def _dx_kernel(tile: _Tile, names, dy, values, positions, dx, *scratch):
         acc[...] = jnp.zeros_like(acc)
 
     if tile.picked:
-        _join(tile, values, r)
         for s in range(tile.n):
-            part = _dot(dy[...], r["w"][s], ((1,), (1,)))
+            part = _dot(dy[...], values[s], ((1,), (1,)))
             for p in range(tile.m):
                 acc[p] += jnp.where(positions[0, s : s + 1, :] == p, part, 0)
     else:
@@ -192,32 +185,36 @@ def _dvalues_kernel(tile: _Tile, names, x, dy, positions, dvalues, *scratch):
     if tile.picked:
         _pick(tile, x, positions, r)
         for s in range(tile.n):
-            acc[s] += _dot(r["x"][s], dy[...], ((0,), (0,)))
+            acc[s] += _dot(r["x"][:, s * tile.groups : (s + 1) * tile.groups], dy[...], ((0,), (0,)))
     else:
         for p in range(tile.m):
             acc[p] += _dot(x[p], dy[...], ((1,), (0,)))
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _():
-        if not tile.picked:
-            _bring_apart(tile, positions, r, "p")
-        for row, column in _corners(tile.groups, tile.columns):
-            here = slice(row, row + CHUNK), slice(column, column + LANES)
-            if tile.picked:
-                found = [acc[(s, *here)] for s in range(tile.n)]
-            else:
-                found = []
-                for place in _stored(tile, positions, r, "p", row, column):
-                    value = acc[(0, *here)]
-                    for p in range(1, tile.m):
-                        value = jnp.where(place == p, acc[(p, *here)], value)
-                    found.append(value)
-            if tile.n == 1:
-                dvalues[here] = found[0].astype(dvalues.dtype)
-            for s, value in enumerate(found if tile.n > 1 else []):
-                r[f"v{column // LANES}"][pl.ds(row * tile.n + s, CHUNK, stride=tile.n), :] = value
-        for c in range(tile.columns // LANES if tile.n > 1 else 0):
-            dvalues[:, c * LANES : (c + 1) * LANES] = r[f"v{c}"][...].astype(dvalues.dtype)
+        if tile.picked:
+            dvalues[...] = acc[...].astype(dvalues.dtype)
+        else:
+            _stored_gradient(tile, acc, positions, dvalues, r)
+
+
+def _stored_gradient(tile: _Tile, acc, positions, dvalues, r):
+    """Writes what of the gradients `[m, groups, columns]` belongs to stored values."""
+    _bring_apart(tile, positions, r, "p")
+    for row, column in _corners(tile.groups, tile.columns):
+        here = slice(row, row + CHUNK), slice(column, column + LANES)
+        found = []
+        for place in _stored(tile, positions, r, "p", row, column):
+            value = acc[(0, *here)]
+            for p in range(1, tile.m):
+                value = jnp.where(place == p, acc[(p, *here)], value)
+            found.append(value)
+        if tile.n == 1:
+            dvalues[here] = found[0].astype(dvalues.dtype)
+        for s, value in enumerate(found if tile.n > 1 else []):
+            r[f"v{column // LANES}"][pl.ds(row * tile.n + s, CHUNK, stride=tile.n), :] = value
+    for c in range(tile.columns // LANES if tile.n > 1 else 0):
+        dvalues[:, c * LANES : (c + 1) * LANES] = r[f"v{c}"][...].astype(dvalues.dtype)
 
 
 def _pad(x, *sizes):
@@ -231,32 +228,31 @@ class _Call:
     def __init__(self, rows: int, values, positions, sizes: Sizes):
         self.sizes, self.tile = sizes, _tile(rows, sizes)
         tile = self.tile
-        self.values = _pad(values, tile.groups * tile.n, tile.columns)
         self.rows = pl.cdiv(rows, tile.rows)
-        self.groups = self.values.shape[0] // (tile.groups * tile.n)
-        self.columns = self.values.shape[1] // tile.columns
-        self.values_shape = held = tile.groups * tile.n, tile.columns
+        self.groups, self.columns = pl.cdiv(sizes.groups, tile.groups), pl.cdiv(sizes.outputs, tile.columns)
         if tile.picked:
+            # The s-th values of all groups together, which are met by the s-th features.
+            self.values = _pad(values.reshape(-1, tile.n, sizes.outputs).swapaxes(0, 1), 1, tile.groups, tile.columns)
+            self.values_shape = tile.n, tile.groups, tile.columns
             each = positions.astype(jnp.int32).reshape(-1, tile.n, positions.shape[1]).transpose(2, 1, 0)
             self.positions = _pad(each, 1, tile.n, tile.groups)
             self.positions_shape = 1, tile.n, tile.groups
-        else:
-            if sizes.share > 1:
-                positions = jnp.repeat(positions, sizes.share, axis=1)
-            self.positions = _pad(positions.astype(jnp.int8), *held)
-            self.positions_shape = held
-        apart = tile.groups * tile.n, LANES
-        self.scratch = {"w": pltpu.VMEM((tile.n if tile.picked else tile.m, tile.groups, tile.columns), values.dtype)}
-        if tile.picked:
-            self.scratch["x"] = pltpu.VMEM((tile.n, tile.rows, tile.groups), values.dtype)
+            self.scratch = {"x": pltpu.VMEM((tile.rows, tile.n * tile.groups), values.dtype)}
+            return
+        self.values_shape = self.positions_shape = tile.groups * tile.n, tile.columns
+        self.values = _pad(values, *self.values_shape)
+        if sizes.share > 1:
+            positions = jnp.repeat(positions, sizes.share, axis=1)
+        self.positions = _pad(positions.astype(jnp.int8), *self.positions_shape)
+        self.scratch = {"w": pltpu.VMEM((tile.m, tile.groups, tile.columns), values.dtype)}
         # One value a group needs no bringing apart.
         for name in _WIDE if tile.n > 1 else ():
             for c in range(tile.columns // LANES):
-                self.scratch[f"{name}{c}"] = pltpu.VMEM(apart, _WIDE[name])
+                self.scratch[f"{name}{c}"] = pltpu.VMEM((tile.groups * tile.n, LANES), _WIDE[name])
 
     def values_spec(self, at):
         """`at(*grid)` gives (group tile, column tile)."""
-        return pl.BlockSpec(self.values_shape, at)
+        return pl.BlockSpec(self.values_shape, (lambda *step: (0, *at(*step))) if self.tile.picked else at)
 
     def positions_spec(self, at):
         tile, share = self.tile, self.sizes.share
@@ -316,7 +312,7 @@ def forward(x: Array, values: Array, positions: Array, sizes: Sizes, *, interpre
             call.values_spec(stored),
             call.positions_spec(stored),
         ],
-        jax.ShapeDtypeStruct((x.shape[0], call.values.shape[1]), x.dtype),
+        jax.ShapeDtypeStruct((x.shape[0], call.values.shape[-1]), x.dtype),
         pl.BlockSpec((tile.rows, tile.columns), lambda i, j, k: (i, j)),
         (tile.rows, tile.columns),
         interpret,
@@ -382,6 +378,8 @@ def dvalues(x: Array, dy: Array, values: Array, positions: Array, sizes: Sizes, 
         (tile.n if tile.picked else tile.m, tile.groups, tile.columns),
         interpret,
     )
+    if tile.picked:
+        found = found[:, : sizes.groups].swapaxes(0, 1).reshape(-1, found.shape[2])
     return found[: values.shape[0], : values.shape[1]]
 
 

@@ -14,8 +14,9 @@ from pallas_kernels.nm_matmul import gpu, programs
     [
         Problem(rows=2, inputs=64, outputs=512, dtype="bfloat16"),
         Problem(rows=1, inputs=72, outputs=256, n=1, m=8, dtype="bfloat16"),
+        Problem(rows=20, inputs=72, outputs=128, share=64, dtype="bfloat16"),
     ],
-    ids=["2:4", "1:8"],
+    ids=["2:4", "1:8", "2:4, 64 columns a pattern"],
 )
 def test_equals_dense_computation_without_races(problem):
     x, values, positions, _ = problem.draw()
@@ -29,6 +30,7 @@ def test_equals_dense_computation_without_races(problem):
     [
         (Problem(rows=5, outputs=256), "5 rows; the GPU kernel decodes at most 4"),
         (Problem(rows=1, outputs=256, share=32), "a pattern shared by 32 columns"),
+        (Problem(rows=1, outputs=256, share=64), "float32; the tensor cores"),
         (Problem(rows=1, outputs=200), "200 outputs"),
         (Problem(rows=1, outputs=256, m=16), "groups of m=16"),
     ],
@@ -38,7 +40,7 @@ def test_refuses_with_the_reason(problem, reason):
     assert reason in gpu.supports(x, values, positions, problem.sizes)
 
 
-TAKEN = [name for name, shape in programs.SHAPES.items() if shape.rows <= gpu.MAX_ROWS]
+TAKEN = [name for name, shape in programs.SHAPES.items() if shape.rows <= gpu.MAX_ROWS or shape.share >= 64]
 
 
 @pytest.mark.parametrize("name", TAKEN)
