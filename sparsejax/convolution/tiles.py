@@ -157,13 +157,13 @@ def tile_conv(
         stride: steps; must divide the tile's sides. The output belongs to `tiles.strided(stride)`.
         dilation: distance of the taps.
         groups: feature groups.
-        implementation: None for the best; "xla", or "reference".
+        implementation: None for the best; "reference", "xla", "tpu" or "gpu" works or raises.
 
     Returns:
         (capacity, *tile / stride, out) in the dtype of `x`; zeros in empty rows.
 
     Raises:
-        ValueError: shapes do not fit, or a window reaches too far.
+        ValueError: shapes do not fit, a window reaches too far, or the named implementation does not take the call.
 
     Example:
         >>> tiles = tile_set(jnp.array([[True, True, False]]), 2, capacity=2)
