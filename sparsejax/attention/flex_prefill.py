@@ -15,6 +15,7 @@ from sparsejax.attention.last_queries import last_query_weights, slash_sums
 from sparsejax.attention.mask import Mask
 from sparsejax.attention.patterns import Causal
 from sparsejax.attention.selectors import _NO_CONTEXT, Context, block_mean, pooled_scores
+from sparsejax.masks.select import select_top
 
 
 @jax.tree_util.register_dataclass
@@ -85,17 +86,14 @@ class FlexPrefill:
         for share, pooled in zip(shares, (columns, diagonals), strict=True):
             wanted = jnp.where(by_tile, self.min_blocks, self._count(share))
             # The first column and the main diagonal come first whatever their share.
-            ranked = jnp.argsort(-pooled.at[..., 0].set(jnp.inf), axis=-1, stable=True)
-            kept.append(jnp.argsort(ranked, axis=-1) < wanted[..., None])
+            kept.append(_best(pooled.at[..., 0].set(jnp.inf), wanted))
         row, column = jnp.arange(blocks)[:, None], jnp.arange(blocks)
         causal = column <= row
         lines = kept[0][:, :, None] | kept[1][..., jnp.maximum(row - column, 0)]
 
         logits = jnp.where(causal, pooled_scores(self.block, self.block)(q, k, None), -jnp.inf)
         share = jax.nn.softmax(logits, axis=-1).reshape(*logits.shape[:2], -1)
-        order = jnp.argsort(-share, axis=-1, stable=True)
-        reached = jnp.cumsum(jnp.take_along_axis(share, order, -1), -1) <= self.gamma * blocks
-        best = jnp.take_along_axis(reached, jnp.argsort(order, axis=-1), -1).reshape(logits.shape)
+        best = _best(share, _held(share, self.gamma * blocks)).reshape(logits.shape)
         return (lines | (best & by_tile[..., None, None])) & causal, divergence
 
     def _pooled(self, share: jax.Array) -> jax.Array:
@@ -104,10 +102,20 @@ class FlexPrefill:
 
     def _count(self, share: jax.Array) -> jax.Array:
         """Blocks that as many tokens fill as hold the share `gamma`, best tokens first; int32 [B, H]."""
-        tokens = jnp.sum(jnp.cumsum(-jnp.sort(-share, axis=-1), axis=-1) <= self.gamma, axis=-1) + 1
+        tokens = _held(share, self.gamma) + 1
         blocks = math.ceil(share.shape[-1] / self.block)
         most = blocks if self.max_blocks is None else min(self.max_blocks, blocks)
         return jnp.clip(tokens // self.block + 1, min(self.min_blocks, most), most)
+
+
+def _held(share: jax.Array, most: jax.Array) -> jax.Array:
+    """How many of the best entries of the last axis hold no more than `most` together."""
+    return jnp.sum(jnp.cumsum(-jnp.sort(-share, axis=-1), axis=-1) <= most, axis=-1)
+
+
+def _best(share: jax.Array, count: jax.Array) -> jax.Array:
+    """Marks the `count` [B, H] best entries of the last axis, at ties the first ones."""
+    return jax.vmap(jax.vmap(select_top))(share, count)
 
 
 def _root_divergence(p: jax.Array, q: jax.Array) -> jax.Array:
