@@ -1,6 +1,6 @@
 """Static figures of the attention kernels, compiled without the hardware, beside JAX's splash kernels on TPU.
 
-    python benchmarks/aot_attention.py [--targets v5e v5p v6e h200] [--write benchmarks/results]
+    python -m benchmarks.aot_attention [--targets v5e v5p v6e h200] [--shapes NAME ...] [--write benchmarks/results]
 
 Bundles are instruction words of the compiled code: estimates, not measurements.
 """
@@ -35,7 +35,7 @@ def row(*cells):
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 
-def tpu_rows(target):
+def tpu_rows(target, shapes):
     """Lines of the TPU table and what they were made from."""
     lines, record = [], {}
 
@@ -47,7 +47,7 @@ def tpu_rows(target):
     fused = kernels_of(target, "benchmarks.splash_programs", splash_programs.Shape(fused=1))["dkv"]
     record["splash"] = {part: dataclasses.asdict(k) for part, k in splash.items()}
     record["splash, fused backward"] = dataclasses.asdict(fused)
-    for name, shape in programs.SHAPES.items():
+    for name, shape in shapes.items():
         ours = kernels_of(target, "block_sparse_attention", shape)
         record[name] = {part: dataclasses.asdict(k) for part, k in ours.items()}
         for part, kernel in ours.items():
@@ -57,10 +57,10 @@ def tpu_rows(target):
     return lines, record
 
 
-def gpu_rows(target):
+def gpu_rows(target, shapes):
     """Lines of the GPU table and what they were made from."""
     lines, record = [], {}
-    for name, shape in programs.SHAPES.items():
+    for name, shape in shapes.items():
         if shape.dtype == "float32" or shape.fused:
             continue
         ours = kernels_of(target, "block_sparse_attention", shape)
@@ -88,15 +88,17 @@ GPU_HEADS = ("target", "shape", "kernel", "registers", "spilled bytes", "shared 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="*", default=list(aot.TARGETS), choices=aot.TARGETS)
+    parser.add_argument("--shapes", nargs="*", default=list(programs.SHAPES), choices=programs.SHAPES)
     parser.add_argument("--write", type=Path, help="folder for a dated JSON and markdown file a target")
     options = parser.parse_args()
+    shapes = {name: programs.SHAPES[name] for name in options.shapes}
     for target in options.targets:
         lacking = aot.missing(target)
         if lacking:
             print(f"skipped: {lacking}")
             continue
         kind = "tpu" if target in aot.TPU_TOPOLOGIES else "gpu"
-        lines, record = (tpu_rows if kind == "tpu" else gpu_rows)(target)
+        lines, record = (tpu_rows if kind == "tpu" else gpu_rows)(target, shapes)
         heads = TPU_HEADS if kind == "tpu" else GPU_HEADS
         table = "\n".join([row(*heads), row(*["---"] * len(heads)), *lines])
         print(table)
@@ -105,7 +107,7 @@ def main():
             base = options.write / f"{today}-aot-attention-{target}"
             base.parent.mkdir(parents=True, exist_ok=True)
             note = f"Static estimates of compiled code, not measurements. {today}, JAX {jax.__version__}, no device."
-            record = {"note": note, "shapes": {n: dataclasses.asdict(s) for n, s in programs.SHAPES.items()}, **record}
+            record = {"note": note, "shapes": {n: dataclasses.asdict(s) for n, s in shapes.items()}, **record}
             base.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
             base.with_suffix(".md").write_text(f"{note}\n\n{table}\n")
 
