@@ -8,7 +8,7 @@ usage: python -m experiments list
 `run` trains, writes results into runs/NAME of the current folder (or --output FOLDER) and prints a table; it
 continues what was interrupted with --resume. `report` makes the table and the page of a results folder anew.
 `compile` compiles the training step of an experiment, or of byte_pod, for a pod that need not be there.
-Studies of single papers (quest, seer_attention) take minutes, and begin anew each time.
+Studies of single papers (quest, seer_attention, spark_digits, wafers, volumes) take minutes, and begin anew each time.
 """
 
 import difflib

@@ -1,12 +1,8 @@
-"""What studies of attention share: a byte-level transformer trained here and now, held-out bytes, tables, timings."""
+"""What studies of attention share: a byte-level transformer trained here and now, held-out bytes."""
 
 import dataclasses
 import itertools
-import json
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -18,7 +14,6 @@ from tqdm import tqdm
 from experiments.configs import bytes_lm
 from experiments.experiment import UsageError, inputs_and_targets, mean_loss
 from experiments.models import ByteTransformer
-from sparsejax.analysis.table import text_table
 from sparsejax.attention import Causal
 from sparsejax.nn import SparseAttention
 
@@ -136,36 +131,3 @@ def quality(logits: jax.Array, targets: jax.Array, dense: jax.Array) -> tuple[fl
     """Bits per byte, and how often the likeliest byte is that of the dense model."""
     agreement = jnp.mean(jnp.argmax(logits, -1) == jnp.argmax(dense, -1))
     return float(mean_loss(logits, targets)) / float(np.log(2)), float(agreement)
-
-
-def milliseconds(function: Callable, *arguments) -> float:
-    """Median time of a compiled call, over three to seven rounds."""
-    jax.block_until_ready(function(*arguments))
-    start = time.perf_counter()
-    jax.block_until_ready(function(*arguments))
-    repeats = max(1, round(0.1 / (time.perf_counter() - start)))
-    timings, begin = [], time.perf_counter()
-    while len(timings) < 3 or (len(timings) < 7 and time.perf_counter() - begin < 1):
-        start = time.perf_counter()
-        for _ in range(repeats):
-            result = function(*arguments)
-        jax.block_until_ready(result)
-        timings.append((time.perf_counter() - start) / repeats)
-    return 1e3 * statistics.median(timings)
-
-
-def show(title: str, rows: list[dict]) -> None:
-    """Prints rows, dicts of the same keys, as a table."""
-    cells = [[value if isinstance(value, str) else f"{value:.4g}" for value in row.values()] for row in rows]
-    head = list(rows[0])
-    print(f"\n{title}\n{text_table(head, cells, [True, *[False] * (len(head) - 1)])}", flush=True)
-
-
-def keep(name: str, config, tables: dict[str, list[dict]]) -> Path:
-    """Writes `results.json`: the configuration and the tables."""
-    folder = Path(config.output or f"runs/{name}")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "results.json"
-    path.write_text(json.dumps({"study": name, "config": dataclasses.asdict(config), **tables}, indent=2) + "\n")
-    print(f"\nresults: {path}")
-    return path

@@ -20,14 +20,12 @@ from experiments.experiment import Study, UsageError
 from experiments.papers.byte_model import (
     Training,
     causal_attention,
-    keep,
     logits_at,
-    milliseconds,
     quality,
-    show,
     train_dense,
     with_attention,
 )
+from experiments.papers.reporting import keep, milliseconds, show
 from sparsejax.attention import (
     Local,
     PageBounds,

@@ -17,7 +17,8 @@ from flax import nnx
 from tqdm import tqdm
 
 from experiments.experiment import Study, UsageError
-from experiments.papers.byte_model import Training, keep, milliseconds, quality, show, train_dense
+from experiments.papers.byte_model import Training, quality, train_dense
+from experiments.papers.reporting import keep, milliseconds, show
 from sparsejax.attention import (
     Causal,
     Context,

@@ -54,6 +54,10 @@ def test_seer_attention_with_every_block_is_dense(tmp_path):
         (["quest", "--steps", "0"], "steps is 0; it must be 1 or more"),
         (["quest", "--max-bytes", "1"], "falls into the training part"),
         (["quest", "--heads", "3"], "heads is 3, which does not divide the width of 128"),
+        (["spark_digits", "--size", "18"], "size=18 must be a multiple of 4"),
+        (["wafers", "--unknown", "dot"], "unknown=('dot',) must be some of ('ring', 'edge'"),
+        (["wafers", "--wafers", "33"], "wafers=33 must be a multiple of batch_size=32"),
+        (["volumes", "--side", "10"], "side=10 must be a multiple of 4 and 4"),
     ],
 )
 def test_impossible_configurations_are_refused(capsys, arguments, message):
@@ -66,7 +70,7 @@ def test_help_explains_the_study(capsys, name):
     with pytest.raises(SystemExit) as exit:
         main(["run", name, "--help"])
     assert exit.value.code == 0
-    assert "held-out windows that are evaluated" in capsys.readouterr().out
+    assert "folder of results.json" in capsys.readouterr().out
 
 
 @pytest.mark.slow
