@@ -25,8 +25,8 @@ KERNELS = ("block_sparse_matmul", "nm_matmul")
 FEED = 4
 """Cycles that the four 128 x 128 matrix units of v5e and of a core of v5p take for one matrix instruction each has
 a share in: it multiplies 16 rows on one of them."""
-PRODUCTS = 16 * 128 * 128
-"""Multiplications of one matrix instruction."""
+PRODUCTS = {"v5e": 16 * 128 * 128, "v5p": 16 * 128 * 128, "v6e": 16 * 256 * 128}
+"""Multiplications of one matrix instruction where the result is 128 wide."""
 NOTE = (
     "Static estimates of compiled code, not measurements: no TPU or GPU was present. A TPU core issues one bundle a "
     "cycle where it does not wait for memory. 'MXU use' is the cycles that the matrix units need for the matrix "
@@ -45,7 +45,7 @@ def shapes_of(kernel):
     return importlib.import_module(aot.KERNELS[kernel]).SHAPES
 
 
-def loop_of(kernel, shape):
+def loop_of(target, kernel, shape):
     """Bundles and matrix instructions of the loop's body, and the blocks that it multiplies."""
     bodies, matmuls = kernel["bodies"], kernel["matmuls"]
     if "nm_matmul" in kernel["name"]:
@@ -55,7 +55,7 @@ def loop_of(kernel, shape):
         sizes = Sizes(shape.inputs, shape.outputs, shape.bk, bn, shape.groups, shape.capacity)
         rows = tpu._gradient_plan(shape.rows, sizes, 4 if shape.dtype == "float32" else 2).rows
         # What the compiler reports as one body may hold the loop over pairs of blocks and the one for what is left.
-        return bodies[0], matmuls[0], round(matmuls[0] / (rows * shape.bk * bn * passes / PRODUCTS))
+        return bodies[0], matmuls[0], round(matmuls[0] / (rows * shape.bk * bn * passes / PRODUCTS[target]))
     # The product of a column's first block stands before the loops, and the loop for what is left over behind.
     at = min(1, len(bodies) - 1)
     return bodies[at], matmuls[at], round(matmuls[at] / min(matmuls))
@@ -79,27 +79,20 @@ def whole_use(kernel, shape, loop):
     return mean * FEED * matmuls / blocks / (first + more + kernel["step_rest"]), f"{mean:.1f} blocks"
 
 
-def figures_of(target, kernels, names):
-    """{kernel: {shape: {part: figures}}} of every shape, or of those named."""
-    found = {}
-    for kernel in kernels:
-        found[kernel] = {}
-        for name, shape in shapes_of(kernel).items():
-            if names and name not in names:
-                continue
-            try:
-                reports = aot.compile_for(target, kernel, shape)
-            except RuntimeError as error:
-                if "refused:" not in str(error):
-                    raise
-                reason = next(line for line in str(error).splitlines() if "refused:" in line)
-                found[kernel][name] = {"refused": reason.split("refused:", 1)[1].strip()}
-                continue
-            compiled = [k for report in reports for k in report.kernels]
-            # The compiler adds where a kernel was called from to its name.
-            parts = [(re.search(rf"{kernel}_(forward|dx|dvalues)", k.name), k) for k in compiled]
-            found[kernel][name] = {part[1]: dataclasses.asdict(k) for part, k in parts if part}
-            print(target, kernel, name, *found[kernel][name], flush=True)
+def figures_of(target, kernel, name, shape):
+    """{part: figures} of a shape, or why it is refused."""
+    try:
+        reports = aot.compile_for(target, kernel, shape)
+    except RuntimeError as error:
+        if "refused:" not in str(error):
+            raise
+        reason = next(line for line in str(error).splitlines() if "refused:" in line)
+        return {"refused": reason.split("refused:", 1)[1].strip()}
+    # The compiler adds where a kernel was called from to its name.
+    compiled = [k for report in reports for k in report.kernels]
+    parts = [(re.search(rf"{kernel}_(forward|dx|dvalues|dweights)", k.name), k) for k in compiled]
+    found = {part[1]: dataclasses.asdict(k) for part, k in parts if part}
+    print(target, kernel, name, *found, flush=True)
     return found
 
 
@@ -109,6 +102,16 @@ def row(*cells):
 
 def table(heads, rows):
     return "\n".join([row(*heads), row(*["---"] * len(heads)), *(row(*cells) for cells in rows)])
+
+
+def gpu_row(where, k):
+    return *where, k["registers"], k["spill_bytes"], k["smem_bytes"] // 1024, k["tensor_ops"]
+
+
+def gpu_table(rows):
+    heads = "target", "kernel", "shape", "part", "registers", "spilled bytes", "shared memory KiB", "wgmma"
+    note = "Registers are those of the compiler's log: it compiles relocatably, where warpgroups trade none."
+    return note + "\n\n" + table(heads, rows)
 
 
 def render(record):
@@ -123,11 +126,11 @@ def render(record):
                 for part, k in parts.items():
                     where = target, kernel, name, part
                     if target not in aot.TPU_TOPOLOGIES:
-                        gpu.append((*where, k["registers"], k["spill_bytes"], k["smem_bytes"] // 1024, k["tensor_ops"]))
+                        gpu.append(gpu_row(where, k))
                         continue
                     # The matrix units of v6e are of another size, which the instructions do not tell.
                     shown = target != "v6e"
-                    body, matmuls, blocks = loop = loop_of(k, shapes_of(kernel)[name])
+                    body, matmuls, blocks = loop = loop_of(target, k, shapes_of(kernel)[name])
                     whole, per = whole_use(k, shapes_of(kernel)[name], loop)
                     tpu.append(
                         (
@@ -148,26 +151,18 @@ def render(record):
     if tpu:
         text.append(table((*heads, *measures), tpu))
     if gpu:
-        text.append(
-            "Registers are those of the compiler's log: it compiles relocatably, where warpgroups trade none.\n\n"
-            + table((*heads, "registers", "spilled bytes", "shared memory KiB", "wgmma"), gpu)
-        )
+        text.append(gpu_table(gpu))
     if refused:
         text.append("Refused:\n\n" + "\n".join(refused))
     return "\n\n".join(text) + "\n"
 
 
-def path_in(folder):
-    return folder / f"{datetime.date.today().isoformat()}-aot-matmul"
-
-
-def merged(found, folder):
-    """What was found joined with what is in the folder, if there is one, where it is kept at once."""
-    record = {"date": datetime.date.today().isoformat(), "note": NOTE, "jax": {}, "targets": {}}
-    path = folder and path_in(folder).with_suffix(".json")
+def merged(found, path, note):
+    """What was found joined with what is in the JSON at the path, if there is one, where it is kept at once."""
+    record = {"date": datetime.date.today().isoformat(), "note": note, "jax": {}, "targets": {}}
     # Read late, since another environment may have written meanwhile.
     if path and path.exists():
-        record |= json.loads(path.read_text()) | {"note": NOTE}
+        record |= json.loads(path.read_text()) | {"note": note}
     for target, kernels in found.items():
         record["jax"][target] = jax.__version__
         for kernel, shapes in kernels.items():
@@ -178,24 +173,31 @@ def merged(found, folder):
     return record
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def command(description, topic, note, kernels, render):
+    """Compiles what the command line names, joins it with what was found before, and prints or writes tables."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--targets", nargs="*", default=list(aot.TARGETS), choices=aot.TARGETS)
-    parser.add_argument("--kernels", nargs="*", default=KERNELS, choices=KERNELS)
+    parser.add_argument("--kernels", nargs="*", default=kernels, choices=kernels)
     parser.add_argument("--shapes", nargs="*", default=[], help="names of shapes; default all")
     parser.add_argument("--write", type=Path, help="folder for a dated JSON and markdown file")
     options = parser.parse_args()
-    record = merged({}, options.write)
+    path = options.write and options.write / f"{datetime.date.today().isoformat()}-{topic}.json"
+    record = merged({}, path, note)
     for target in options.targets:
         lacking = aot.missing(target)
         if lacking:
             print(f"skipped: {lacking}")
             continue
-        record = merged({target: figures_of(target, options.kernels, options.shapes)}, options.write)
+        for kernel in options.kernels:
+            for name in shapes_of(kernel):
+                if not options.shapes or name in options.shapes:
+                    # Kept one by one, since each takes long.
+                    found = figures_of(target, kernel, name, shapes_of(kernel)[name])
+                    record = merged({target: {kernel: {name: found}}}, path, note)
     print(render(record))
-    if options.write:
-        path_in(options.write).with_suffix(".md").write_text(render(record))
+    if path:
+        path.with_suffix(".md").write_text(render(record))
 
 
 if __name__ == "__main__":
-    main()
+    command(__doc__.splitlines()[0], "aot-matmul", NOTE, KERNELS, render)

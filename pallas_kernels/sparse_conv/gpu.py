@@ -57,7 +57,7 @@ def forward(x: Array, weights: Array, kernel_map: KernelMap, groups: int, *, int
             tap, at = order_ref[i, lax.div(t, jnp.int32(chunks))], lax.rem(t, jnp.int32(chunks)) * ROWS
             yield kernel.at[tap, pl.ds(at, ROWS), pl.ds(j * columns, columns)], b
             for r in range(tile.rows):
-                yield x_ref.at[table_ref[tap, i * tile.rows + r], pl.ds(at, ROWS)], a.at[r]
+                yield x_ref.at[pl.ds(table_ref[tap, i * tile.rows + r], 1), pl.ds(at, ROWS)], a.at[pl.ds(r, 1)]
 
         def factors(t, a, b, worker, piece):
             del piece
@@ -116,8 +116,8 @@ def weight_gradient(
         def copies(t, a, b):
             for r in range(ROWS):
                 at = (first + t) * ROWS + r
-                yield x_ref.at[source[tap, at], pl.ds(down * ROWS, ROWS)], a.at[r]
-                yield dy_ref.at[target_ref[tap, at], pl.ds(across * columns, columns)], b.at[r]
+                yield x_ref.at[pl.ds(source[tap, at], 1), pl.ds(down * ROWS, ROWS)], a.at[pl.ds(r, 1)]
+                yield dy_ref.at[pl.ds(target_ref[tap, at], 1), pl.ds(across * columns, columns)], b.at[pl.ds(r, 1)]
 
         def factors(t, a, b, worker, piece):
             del worker, piece

@@ -40,6 +40,8 @@ ROWS = 256
 """Places that one product covers: worth bringing weights to the matrix unit, and sums fit into registers."""
 TOGETHER = 8
 """Most tiles of a step."""
+SHARES = 2
+"""Cores that a chip has at most (v4 and v5p), which divide the steps among each other."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,14 +55,27 @@ class _Plan:
         offsets: where each tap reads, from its place.
         together: tiles of a step.
         columns: output features of a step.
+        steps: of all tiles.
+        shares: parts of them that cores may divide among each other.
     """
 
     tile: tuple[int, ...]
     low: tuple[int, ...]
     high: tuple[int, ...]
     offsets: Offsets
-    together: int
-    columns: int
+    together: int = 1
+    columns: int = 0
+    steps: int = 0
+    shares: int = 1
+
+    @property
+    def turns(self) -> int:
+        """Steps of a share; where they do not come out even, the last share repeats its last step."""
+        return pl.cdiv(self.steps, self.shares)
+
+    def number(self, share, turn):
+        """The step of a turn."""
+        return jnp.minimum(share * self.turns + turn, self.steps - 1)
 
     @property
     def whole(self) -> tuple[int, ...]:
@@ -103,12 +118,13 @@ def _aligned(width: int, itemsize: int) -> int:
     return pl.cdiv(width, 32 // itemsize) * (32 // itemsize)
 
 
-def _plan(tile, offsets: Offsets, inputs: int, outputs: int, itemsize: int, gradient: bool) -> _Plan | None:
+def _plan(shape, offsets: Offsets, outputs: int, itemsize: int, gradient: bool) -> _Plan | None:
     """None where a tile does not fit vector memory."""
+    capacity, *tile, inputs = shape
     low = [max(0, -min(o)) for o in zip(*offsets, strict=True)]
     high = [max(0, max(o)) for o in zip(*offsets, strict=True)]
     low[-1], high[-1] = _aligned(low[-1], itemsize), _aligned(high[-1], itemsize)
-    plan = _Plan(tuple(tile), tuple(low), tuple(high), offsets, 1, outputs)
+    plan = _Plan(tuple(tile), tuple(low), tuple(high), offsets)
     lanes = pl.cdiv(inputs, LANES) * LANES
     weights = 4 if gradient else itemsize
     together = max(1, min(TOGETHER, 2 * ROWS // math.prod(tile)))
@@ -116,7 +132,9 @@ def _plan(tile, offsets: Offsets, inputs: int, outputs: int, itemsize: int, grad
         wide = pl.cdiv(columns, LANES) * LANES
         held = 2 * math.prod(plan.whole) * lanes * itemsize + 2 * math.prod(tile) * wide * (itemsize + 4)
         if together * held + 2 * len(offsets) * lanes * wide * weights <= USED_BYTES:
-            return dataclasses.replace(plan, together=together, columns=columns)
+            steps = pl.cdiv(capacity, together)
+            shares = 1 if gradient else min(SHARES, steps)
+            return dataclasses.replace(plan, together=together, columns=columns, steps=steps, shares=shares)
     return None
 
 
@@ -125,63 +143,66 @@ def _dot(a, b):
     return lax.dot_general(a, b, (((1,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
-def _copies(plan: _Plan, row, x, buffer, sems, step):
-    """The copies that bring a step's tiles to their half of the buffer."""
-    slot, first, directions = lax.rem(step, 2), step * plan.together, 3 ** len(plan.tile)
+def _copies(plan: _Plan, row, x, buffer, sems, share, turn):
+    """The copies that bring a turn's tiles to their half of the buffer."""
+    slot, first = lax.rem(turn, 2), plan.number(share, turn) * plan.together
     parts = list(itertools.product(range(plan.together), plan.parts))
     # All are read before the first copy, past which no read of scalar memory is moved.
-    rows = [row[(first + g) * directions + number] for g, (number, *_) in parts]
+    rows = [row[(first + g) * 3 ** len(plan.tile) + number] for g, (number, *_) in parts]
     return [
         pltpu.make_async_copy(x.at[(at, *source)], buffer.at[(slot, g, *target)], sems.at[slot])
         for at, (g, (_, source, target)) in zip(rows, parts, strict=True)
     ]
 
 
-def _steps(plan: _Plan, row, lost, live, x, buffer, sems, multiply):
-    """Brings tiles and calls `multiply(slot)` for the half of the buffer that holds a step's tiles.
+def _take(plan: _Plan, row, lost, live, x, buffer, sems, multiply):
+    """Brings tiles and calls `multiply(slot)` for the half of the buffer that holds a turn's tiles.
 
-    A step with tiles starts the copies of the next one, whether it is empty or not, between its products: a branch
+    A turn with tiles starts the copies of the next one, whether it is empty or not, between its products: a branch
     would cost more. An empty one does so only where the next is not.
     """
-    step = pl.program_id(1)
-    copies = functools.partial(_copies, plan, row, x, buffer, sems)
+    share, turn = pl.program_id(1), pl.program_id(2)
+    copies = functools.partial(_copies, plan, row, x, buffer, sems, share)
 
-    def fetch(step):
-        for copy in copies(step):
+    def fetch(turn):
+        for copy in copies(turn):
             copy.start()
 
-    def wait(step):
+    def wait(turn):
         # How long they are is all that counts.
-        for copy in copies(jnp.int32(0) + lax.rem(step, 2)):
+        for copy in copies(lax.rem(turn, 2)):
             copy.wait()
 
-    pl.when(step == 0)(lambda: fetch(step))
-    here = live[step] > 0
+    def full(turn):
+        return live[plan.number(share, turn)] > 0
 
-    @pl.when(here | (step == 0) | (live[jnp.maximum(step - 1, 0)] > 0))
+    pl.when(turn == 0)(lambda: fetch(turn))
+
+    @pl.when(full(turn) | (turn == 0) | full(jnp.maximum(turn - 1, 0)))
     def _():
-        wait(step)
+        wait(turn)
 
     _clear(plan, lost, live, buffer)
 
-    @pl.when(here)
+    @pl.when(full(turn))
     def _():
-        fetch(step + 1)
-        multiply(lax.rem(step, 2))
+        fetch(turn + 1)
+        multiply(lax.rem(turn, 2))
 
-    @pl.when(jnp.logical_not(here) & (live[step + 1] > 0))
-    def _():
-        fetch(step + 1)
+    last = turn == plan.turns - 1
 
-    @pl.when(here & (step == pl.num_programs(1) - 1))
+    @pl.when(jnp.logical_not(full(turn) | last) & full(turn + 1))
     def _():
-        wait(step + 1)
+        fetch(turn + 1)
+
+    @pl.when(full(turn) & last)
+    def _():
+        wait(turn + 1)
 
 
 def _clear(plan: _Plan, lost, live, buffer):
-    """Sets to zero what this step's tiles lack."""
-    step = pl.program_id(1)
-    slot = lax.rem(step, 2)
+    """Sets to zero what this turn's tiles lack."""
+    step, slot = plan.number(pl.program_id(1), pl.program_id(2)), lax.rem(pl.program_id(2), 2)
 
     @pl.when(live[step] > 1)
     def _():
@@ -224,15 +245,15 @@ def _forward_kernel(plan: _Plan, row, lost, live, x, weights, y, buffer, sems):
             shape = tiles.stop - tiles.start, first.stop - first.start, *plan.tile[1:], plan.columns
             y[tiles, first] = found.reshape(shape).astype(y.dtype)
 
-    _steps(plan, row, lost, live, x, buffer, sems, multiply)
+    _take(plan, row, lost, live, x, buffer, sems, multiply)
 
-    @pl.when(live[pl.program_id(1)] == 0)
+    @pl.when(live[plan.number(pl.program_id(1), pl.program_id(2))] == 0)
     def _():
         y[...] = jnp.zeros_like(y)
 
 
 def _weights_kernel(plan: _Plan, row, lost, live, x, dy, dw, buffer, sems):
-    @pl.when(pl.program_id(1) == 0)
+    @pl.when(pl.program_id(2) == 0)
     def _():
         dw[...] = jnp.zeros_like(dw)
 
@@ -242,22 +263,21 @@ def _weights_kernel(plan: _Plan, row, lost, live, x, dy, dw, buffer, sems):
             for tap, offset in enumerate(plan.offsets):
                 dw[tap] += _dot(gradient, _read(plan, buffer, slot, piece, offset))
 
-    _steps(plan, row, lost, live, x, buffer, sems, multiply)
+    _take(plan, row, lost, live, x, buffer, sems, multiply)
 
 
 def _lists(plan: _Plan, neighbours):
     """Rows to read; what each tile lacks, a bit a direction; is a step empty (0), whole (1), does it lack parts (2)."""
     capacity, directions = neighbours.shape
-    # One step more, which the last one starts to bring.
-    steps = pl.cdiv(capacity, plan.together) + 1
-    padded = jnp.pad(neighbours, ((0, steps * plan.together - capacity), (0, 0)), constant_values=capacity)
+    beyond = plan.steps * plan.together - capacity
+    padded = jnp.pad(neighbours, ((0, beyond), (0, 0)), constant_values=capacity)
     absent = (padded < 0) | (padded >= capacity)
     used = np.array([number for number, *_ in plan.parts])
     lost = jnp.sum(jnp.where(absent, 1 << np.arange(directions), 0)[:, used], axis=1, dtype=jnp.int32)
     # What is missing is brought from the tile itself, where a copy does no harm.
     own = jnp.minimum(jnp.arange(len(padded)), capacity - 1)[:, None]
-    there = ~absent[:, directions // 2].reshape(steps, -1)
-    live = jnp.where(there.any(1), 1 + (lost.reshape(steps, -1) != 0).any(1), 0)
+    there = ~absent[:, directions // 2].reshape(plan.steps, -1)
+    live = jnp.where(there.any(1), 1 + (lost.reshape(plan.steps, -1) != 0).any(1), 0)
     return jnp.where(absent, own, padded).reshape(-1).astype(jnp.int32), lost, live.astype(jnp.int32)
 
 
@@ -269,7 +289,7 @@ def _call(kernel, plan, name, x, other, neighbours, other_spec, out, out_spec, i
         functools.partial(kernel, plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(outputs // plan.columns, pl.cdiv(capacity, plan.together)),
+            grid=(outputs // plan.columns, plan.shares, plan.turns),
             in_specs=[pl.BlockSpec(memory_space=pl.ANY), other_spec],
             out_specs=out_spec,
             scratch_shapes=[
@@ -284,7 +304,7 @@ def _call(kernel, plan, name, x, other, neighbours, other_spec, out, out_spec, i
             flops=flops, transcendentals=0, bytes_accessed=sum(a.size * a.dtype.itemsize for a in arrays)
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"),
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=VECTOR_BYTES,
             # Lists are in bounds; checks would keep copies from being started between products.
             disable_bounds_checks=True,
@@ -300,7 +320,7 @@ def _convolve(x, weights, neighbours, offsets, interpret):
 
 def _product(x, weights, neighbours, offsets, interpret, name):
     capacity, *tile, inputs = x.shape
-    plan = _plan(tile, offsets, inputs, weights.shape[-1], x.dtype.itemsize, False)
+    plan = _plan(x.shape, offsets, weights.shape[-1], x.dtype.itemsize, False)
     zeros = (0,) * len(tile)
     return _call(
         _forward_kernel,
@@ -309,9 +329,9 @@ def _product(x, weights, neighbours, offsets, interpret, name):
         x,
         weights.reshape(-1, weights.shape[-1]),
         neighbours,
-        pl.BlockSpec((len(offsets) * inputs, plan.columns), lambda j, i, *_: (0, j)),
+        pl.BlockSpec((len(offsets) * inputs, plan.columns), lambda j, h, i, *_: (0, j)),
         jax.ShapeDtypeStruct((capacity, *tile, weights.shape[-1]), x.dtype),
-        pl.BlockSpec((plan.together, *tile, plan.columns), lambda j, i, *_: (i, *zeros, j)),
+        pl.BlockSpec((plan.together, *tile, plan.columns), lambda j, h, i, *_: (plan.number(h, i), *zeros, j)),
         interpret,
     )
 
@@ -325,7 +345,7 @@ def _convolve_backward(offsets, interpret, saved, dy):
     dy = dy.astype(x.dtype)
     dx = _product(dy, weights.swapaxes(1, 2), neighbours, mirrored(offsets), interpret, "tile_conv_dx")
     capacity, *tile, inputs = x.shape
-    plan = _plan(tile, offsets, inputs, dy.shape[-1], x.dtype.itemsize, True)
+    plan = _plan(x.shape, offsets, dy.shape[-1], x.dtype.itemsize, True)
     # Tiles past the end meet zeros, and zeros meet no NaN.
     dy = jnp.pad(dy, ((0, -capacity % plan.together), *[(0, 0)] * (dy.ndim - 1)))
     zeros = (0,) * len(tile)
@@ -336,9 +356,9 @@ def _convolve_backward(offsets, interpret, saved, dy):
         x,
         dy,
         neighbours,
-        pl.BlockSpec((plan.together, *tile, plan.columns), lambda j, i, *_: (i, *zeros, j)),
+        pl.BlockSpec((plan.together, *tile, plan.columns), lambda j, h, i, *_: (plan.number(h, i), *zeros, j)),
         jax.ShapeDtypeStruct((len(offsets), dy.shape[-1], inputs), jnp.float32),
-        pl.BlockSpec((len(offsets), plan.columns, inputs), lambda j, i, *_: (0, j, 0)),
+        pl.BlockSpec((len(offsets), plan.columns, inputs), lambda j, *_: (0, j, 0)),
         interpret,
     )
     return dx, dw.swapaxes(1, 2).astype(weights.dtype), None
@@ -360,6 +380,8 @@ def convolve(x: Array, weights: Array, neighbours: Array, geometry: Geometry, *,
 
 def supports(x: Array, weights: Array, neighbours: Array, geometry: Geometry) -> str | None:
     """None, or why this path refuses the call."""
+    if not x.size:
+        return "there are no tiles"
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         return f"dtype {x.dtype}; the TPU kernel takes float32 or bfloat16"
     if geometry.groups > 1:
@@ -375,7 +397,7 @@ def supports(x: Array, weights: Array, neighbours: Array, geometry: Geometry) ->
     offsets, taps = offsets_of(geometry)
     inputs, outputs = weights.shape[-2] * taps.shape[1], weights.shape[-1]
     plans = [
-        _plan(geometry.tile_out, o, *sides, x.dtype.itemsize, gradient)
+        _plan((len(x), *geometry.tile_out, sides[0]), o, sides[1], x.dtype.itemsize, gradient)
         for o, sides, gradient in (
             (offsets, (inputs, outputs), False),
             (mirrored(offsets), (outputs, inputs), False),

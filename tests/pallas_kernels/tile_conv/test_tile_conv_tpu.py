@@ -66,6 +66,7 @@ def test_no_races():
     ("change", "reason"),
     [
         ({"dtype": "float16"}, "dtype float16"),
+        ({"capacity": 0}, "there are no tiles"),
         ({"tile": 4}, "the last side over its stride is a multiple of 16"),
         ({"dims": 3, "tile": 16, "capacity": 9000}, "lists of 9000 tiles do not fit scalar memory"),
         ({"dims": 3, "tile": 64}, "do not fit vector memory"),
@@ -110,10 +111,10 @@ def test_compiles(target, name):
 
 
 def test_steps_know_what_their_tiles_lack():
-    plan = tpu._plan((2, 8), ((-1, 0), (0, 0)), 4, 4, 4, False)
-    rows, lost, live = tpu._lists(plan, jnp.array([[9] * 9, [9, 9, 9, 9, 1, 9, 9, 9, 9]]).at[1, 1].set(0))
-    assert plan.together == 2
+    plan = tpu._plan((2, 2, 8, 4), ((-1, 0), (0, 0)), 4, 4, False)
+    rows, lost, live = tpu._lists(plan, jnp.array([[9] * 9, [9, 0, 9, 9, 1, 9, 9, 9, 9]]))
+    assert (plan.together, plan.steps, plan.shares) == (2, 1, 1)
     assert [number for number, *_ in plan.parts] == [1, 4]
     assert (rows[9 + 1], rows[9 + 4], rows[1]) == (0, 1, 0)
     assert lost[:2].tolist() == [1 << 1 | 1 << 4, 0]
-    assert live.tolist() == [2, 0]
+    assert live.tolist() == [2]

@@ -1,0 +1,78 @@
+"""Static figures of the sparse convolution kernels, compiled without the hardware.
+
+    python -m benchmarks.aot_convolution [--targets v5e v5p v6e h200] [--write benchmarks/results]
+
+Bundles are instruction words of the compiled code: estimates, not measurements. Targets whose compiler is not installed
+are skipped; what is written joins what other environments wrote on the same day.
+"""
+
+import math
+
+import jax.numpy as jnp
+
+from benchmarks.aot_matmul import command, gpu_row, gpu_table, shapes_of, table
+from pallas_kernels import aot
+from pallas_kernels.tile_conv import tpu
+from pallas_kernels.tile_conv.unstrided import mirrored, offsets_of
+
+KERNELS = ("tile_conv", "sparse_conv")
+CYCLE = 4 * 128 * 128
+"""Multiplications of one cycle of the matrix units of v5e, and of a core of v5p, in bfloat16."""
+PASSES = {"bfloat16": 1, "float32": 6}
+"""Products in bfloat16 that one product takes."""
+NOTE = (
+    "Static estimates of compiled code, not measurements: no TPU or GPU was present. A TPU core issues one bundle a "
+    "cycle where it does not wait for memory. 'MXU use' is the cycles that the convolution's products of one grid step "
+    "need at the peak of the matrix units (those of features that only fill up 128 lanes do not count), over the "
+    "bundles of the step: of the body with the products alone, and with all other bundles of the loop, among them rare "
+    "ones, such as clearing what missing neighbours leave."
+)
+
+
+def products(shape, part):
+    """Multiplications of a grid step, without what fills up a stride's window."""
+    geometry, bytes_each = shape.geometry, jnp.dtype(shape.dtype).itemsize
+    offsets, taps = offsets_of(geometry)
+    sides = shape.inputs * taps.shape[1], shape.outputs or shape.inputs
+    if part == "dx":
+        offsets, sides = mirrored(offsets), sides[::-1]
+    tiles = shape.capacity, *geometry.tile_out, sides[0]
+    plan = tpu._plan(tiles, offsets, sides[1], bytes_each, part == "dweights")
+    whole = plan.together * math.prod(geometry.tile_out) * shape.window**shape.dims * shape.inputs * sides[part != "dx"]
+    return whole * PASSES[shape.dtype] * plan.columns // sides[1]
+
+
+def render(record):
+    """The record as markdown."""
+    tpus, gpus, refused = [], [], []
+    for target, kernels in record["targets"].items():
+        for kernel, shapes in kernels.items():
+            for name, parts in shapes.items():
+                if "refused" in parts:
+                    refused.append(f"- {target}, {kernel}, {name}: {parts['refused']}")
+                    continue
+                for part, k in parts.items():
+                    where = target, kernel, name, part
+                    if target not in aot.TPU_TOPOLOGIES:
+                        gpus.append(gpu_row(where, k))
+                        continue
+                    body, rest = sum(k["bodies"]), k["step_rest"]
+                    # The matrix units of v6e are of another size.
+                    fed = None if target == "v6e" else products(shapes_of(kernel)[name], part) / CYCLE
+                    uses = [f"{fed / bundles:.0%}" if fed else "" for bundles in (body, body + rest)]
+                    sizes = f"{k['vmem_bytes'] / 2**20:.1f}", f"{k['smem_bytes'] / 2**10:.1f}"
+                    tpus.append((*where, body, rest, *uses, k["spills"], *sizes))
+    text = [f"# Convolution kernels compiled without the hardware, {record['date']}", record["note"]]
+    text.append("Repeat with `python -m benchmarks.aot_convolution`; shapes are `SHAPES` of each `programs.py`.")
+    if tpus:
+        heads = "bundles, body", "other bundles", "MXU use, body", "with all others", "spills", "VMEM MiB", "SMEM KiB"
+        text.append(table(("target", "kernel", "shape", "part", *heads), tpus))
+    if gpus:
+        text.append(gpu_table(gpus))
+    if refused:
+        text.append("Refused:\n\n" + "\n".join(refused))
+    return "\n\n".join(text) + "\n"
+
+
+if __name__ == "__main__":
+    command(__doc__.splitlines()[0], "aot-convolution", NOTE, KERNELS, render)
