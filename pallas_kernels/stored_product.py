@@ -88,11 +88,35 @@ def _multiply(kernel, name, sizes, x, values, places):
 
 
 def _multiply_fwd(kernel, name, sizes, x, values, places):
-    return _forward_of(kernel, name, sizes)(x, values, places), (x, values, places)
+    return _multiply(kernel, name, sizes, x, values, places), (x, values, places)
 
 
 def _multiply_bwd(kernel, name, sizes, saved, dy):
-    return *_backward_of(kernel, name, sizes)(*saved, dy), None
+    return *_gradients(kernel, name, sizes, *saved, dy), None
 
 
 _multiply.defvjp(_multiply_fwd, _multiply_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _gradients(kernel, name, sizes, x, values, places, dy):
+    return _backward_of(kernel, name, sizes)(x, values, places, dy)
+
+
+def _gradients_fwd(kernel, name, sizes, *arguments):
+    return _gradients(kernel, name, sizes, *arguments), arguments
+
+
+def _gradients_bwd(kernel, name, sizes, arguments, cotangents):
+    """Second derivatives are rare enough to be those of the plain computation."""
+    x, values, places, dy = arguments
+
+    def gradients(x, values, dy):
+        product = lambda x, values: path(kernel, "reference").forward(x, values, places, sizes)  # noqa: E731
+        return jax.vjp(product, x, values)[1](dy)
+
+    dx, dvalues, ddy = jax.vjp(gradients, x, values, dy)[1](cotangents)
+    return dx, dvalues, None, ddy
+
+
+_gradients.defvjp(_gradients_fwd, _gradients_bwd)

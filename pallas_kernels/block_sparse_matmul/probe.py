@@ -78,6 +78,8 @@ def _backward(sizes, pooling, summed, saved, dy):
     x, like, when = saved
 
     def measured(x, dy):
+        # Nothing is differentiated through scores, and the root of the size of a zero block could not be.
+        x, dy = jax.lax.stop_gradient((x, dy))
         return block_gradient_sizes(x, dy, sizes, pooling, summed).astype(like.dtype)
 
     def nothing(x, dy):

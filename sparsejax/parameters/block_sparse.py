@@ -163,7 +163,8 @@ class BlockSparse(StoredWeight):
         )
 
     def astype(self, dtype) -> "BlockSparse":
-        """The weight with values of another dtype."""
+        """The weight with values of another dtype, which must be floating."""
+        self.require_floating(dtype)
         probe = self.probe.astype(jnp.promote_types(dtype, jnp.float32))
         return dataclasses.replace(self, values=self.values.astype(dtype), probe=probe)
 

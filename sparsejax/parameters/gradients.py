@@ -17,7 +17,7 @@ def value_and_grad(function, argnums: int | tuple[int, ...] = 0, *, has_aux: boo
 
     Returns:
         A function like `function` that returns its value and the gradients: trees like the arguments, with zeros for
-        the integers in them.
+        the integers in them. The gradient of a `BlockSparse` has its values alone; see `to_dense`.
 
     Example:
         >>> params = {"weight": jnp.array([1.0, 2.0]), "index": jnp.array([1, 0])}

@@ -85,7 +85,8 @@ class NMSparse(StoredWeight):
         return nm_matmul(x, self.values, self.positions, n=n, m=m, share=share, implementation=implementation)
 
     def astype(self, dtype) -> "NMSparse":
-        """The weight with values of another dtype."""
+        """The weight with values of another dtype, which must be floating."""
+        self.require_floating(dtype)
         return dataclasses.replace(self, values=self.values.astype(dtype))
 
     def to_dense(self) -> jax.Array:

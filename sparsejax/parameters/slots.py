@@ -90,7 +90,7 @@ def store_blocks(array: jax.Array, grid: jax.Array, leaf: LeafPlan, *, slots: in
         grid: bool [..., rows of blocks, columns of blocks], the leading axes being those that stack layers.
         leaf: its roles and its structure, a `Block`.
         slots: slots of a group; None takes as many as the fullest group of the fullest layer needs, at least one. Must
-            be given, and be enough, where the mask is traced.
+            be given where the mask is traced; where they are then too few, the values are NaN.
 
     Returns:
         The stored weight.
@@ -115,6 +115,8 @@ def store_blocks(array: jax.Array, grid: jax.Array, leaf: LeafPlan, *, slots: in
     for _ in range(stacked):
         store = jax.vmap(store)
     values, lists = store(roles.to_matrix(array), grid)
+    if isinstance(groups, jax.core.Tracer):
+        values = jnp.where(jnp.max(groups) > slots, jnp.nan, values)
     return BlockSparse(
         values=values,
         lists=lists,

@@ -95,6 +95,17 @@ class StoredWeight:
             raise ValueError(f"x @ weight needs a matrix, not shape {self.shape}; use weight.matmul(x)")
         return self.matmul(jnp.asarray(x))
 
+    def __matmul__(self, x):
+        raise TypeError(f"{self} @ x is not there: write x @ weight, with inputs as rows; or to_dense(weight) @ x")
+
+    def __array__(self, *args, **kwargs):
+        raise TypeError(f"{self} is no array: sparsejax.parameters.to_dense(weight) makes one")
+
+    def require_floating(self, dtype) -> None:
+        """Raises `ValueError` where a dtype is none that values can have."""
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"{self}: values must be floating, not {jnp.dtype(dtype)}")
+
 
 def layer_of(array: jax.Array, leaf: LeafPlan) -> tuple[tuple[int, ...], Roles]:
     """Shape and roles of one layer of an array that may stack several.

@@ -123,6 +123,41 @@ def test_stacked_layers_scan():
         x @ stored
 
 
+@pytest.mark.parametrize(("mask", "fits"), [((slice(4), slice(4)), True), ((slice(8), slice(4)), False), (0, False)])
+def test_under_jit_what_does_not_fit_is_nan(mask, fits):
+    mask = jnp.zeros((8, 8), bool).at[mask].set(True)
+    store = lambda mask: to_sparse({"kernel": jnp.ones((8, 8))}, {"kernel": mask}, Block((4, 4)), capacity=0.25)  # noqa: E731
+    dense = to_dense(jax.jit(store)(mask))["kernel"]
+    np.testing.assert_array_equal(dense, jnp.where(mask, 1.0, 0.0) if fits else jnp.where(dense == 0, 0.0, jnp.nan))
+    assert fits or np.isnan(dense).any()
+
+
+def test_it_is_no_array():
+    _, stored = weight((8, 8), Block((4, 4)))
+    with pytest.raises(TypeError, match=r"to_dense\(weight\) makes one"):
+        np.asarray(stored)
+    with pytest.raises(TypeError, match="write x @ weight, with inputs as rows"):
+        stored @ jnp.ones((8, 2))
+
+
+@pytest.mark.parametrize("structure", [Block((4, 4), pooling="l2"), NM(2, 4)])
+def test_second_derivatives_are_those_of_the_dense_weight(structure):
+    with jax.enable_x64(True):
+        dense, stored = weight((8, 12), structure)
+        x, along = (jax.random.normal(jax.random.key(seed), (5, 8)) for seed in (7, 8))
+
+        def product(loss_grad, weight):
+            return jax.grad(lambda w, x: jnp.vdot(loss_grad(w, x), along), argnums=(0, 1), allow_int=True)(weight, x)
+
+        loss_grad = jax.grad(lambda w, x: jnp.sum(jnp.tanh(x @ w) ** 2), argnums=1)
+        by_weight, by_x = product(loss_grad, stored)
+        dense_by_weight, dense_by_x = product(loss_grad, dense)
+        np.testing.assert_allclose(by_x, dense_by_x, atol=1e-12)
+        got = dataclasses.replace(stored, values=by_weight.values).to_dense()
+        kept = dataclasses.replace(stored, values=jnp.ones_like(stored.values)).to_dense()
+        np.testing.assert_allclose(got, dense_by_weight * kept, atol=1e-12)
+
+
 def test_checkpoints_come_back_on_another_mesh(tmp_path):
     _, stored = weight((16, 32), Block((4, 4), groups=4), 0.75)
     mesh = jax.make_mesh((4,), ("model",))
@@ -145,6 +180,14 @@ def test_checkpoints_come_back_on_another_mesh(tmp_path):
         (lambda: to_sparse({"kernel": jnp.ones((8, 8))}, {"bias": jnp.ones(8, bool)}, Block((4, 4))), "bias"),
         (lambda: to_sparse({"kernel": jnp.ones((8, 8))}, {"kernel": jnp.ones((8, 8))}, Block((4, 4))), "bool"),
         (lambda: to_sparse({"kernel": jnp.ones((8, 8))}, None, Block((4, 4)), capacity=0.25), "larger capacity"),
+        (lambda: to_sparse({"kernel": jnp.ones((8, 8))}, None, Block((4, 4)), capacity="all"), "capacity is all"),
+        (
+            lambda: to_sparse({"kernel": jnp.ones((8, 8))}, {"kernel": jnp.eye(8, dtype=bool)}, Block((4, 4))),
+            "kernel: the mask keeps parts of blocks of 4x4.*make masks with",
+        ),
+        (lambda: to_sparse({"kernel": jnp.ones((8, 8))}, None, "block"), "'block' cannot be stored"),
+        (lambda: to_sparse({"kernel": jnp.ones((8, 8))}, {}, Block((4, 4))), r"masks are given for \[\]"),
+        (lambda: weight((8, 8), Block((4, 4)))[1].astype(int), "must be floating, not int"),
         (lambda: to_sparse({"kernel": jnp.ones((8, 8))}, None, NM(2, 4)), "keeps 4 of 4"),
         (lambda: to_sparse({"kernel": jnp.ones((8, 8))}, None, {}), "no leaf would be stored"),
         (lambda: Block((4, 4), groups=3).mask(jnp.ones((8, 8)), 0.5), "equal groups"),
