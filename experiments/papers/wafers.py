@@ -4,6 +4,10 @@ PAPER:    Frittoli et al., "Deep Open-Set Recognition for Silicon Wafer Producti
 COMMAND:  python -m experiments run wafers
 CLAIM:    a submanifold network reads defects where they are, at a cost that does not depend on the resolution, and a
           Gaussian mixture over its latents notices classes that it has never seen, where its confidence does not
+RESULT:   accuracy 99.8 %, against 99.3 and 97.9 % of convnets on 64 x 64 and 32 x 32 bins; AUROC of unknown patterns by
+          mixture 84.6, by max-softmax 42.3 and by energy 44.3 % (3 seeds). The mixture on the convnets' latents gives
+          83.2 and 76.5; the coarser one's max-softmax, 86.2, is the best of all. The data are synthetic
+RUNTIME:  5 minutes of one core
 """
 
 import dataclasses
