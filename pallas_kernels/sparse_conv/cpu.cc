@@ -2,7 +2,8 @@
 //
 // A product goes through blocks of output rows and, in each, through the taps: the pairs of a tap are collected from its row
 // of the table of neighbours, and tiles of kRows input rows, read where they lie, are multiplied by two vectors of weights and
-// added to their output rows, which stay in the cache. Nothing else writes these rows, so nothing is scattered between
+// added to their output rows, which stay in the cache. Where nearly all neighbours are there, a tile of output rows stays in
+// registers over all taps. Nothing else writes these rows, so nothing is scattered between
 // threads, and every sum runs in the order of taps. The derivative by the input is the same product with the other table.
 // The one by the weights sums parts of the rows apart, whose number depends on shapes only, and adds them up in order.
 // So results are the same bits in every run, on any number of threads.
@@ -29,13 +30,14 @@ using S32 = ffi::Buffer<ffi::S32>;
 // The pairs of one tap among some output rows. What lies outside the input is left out.
 struct Pairs {
   int32_t source[kBlock], target[kBlock];
+  uint8_t done[kBlock] = {};  // output rows that are left out
   int64_t count = 0;
   void Collect(const int32_t* table, int64_t begin, int64_t end, uint32_t rows) {
     int64_t n = 0;
     for (int64_t o = begin; o < end; o++) {
       source[n] = table[o];
       target[n] = o;
-      n += static_cast<uint32_t>(table[o]) < rows;
+      n += (static_cast<uint32_t>(table[o]) < rows) & !done[o - begin];
     }
     count = n;
   }
@@ -62,8 +64,8 @@ struct Sizes {
 
 // R pairs: rows of x times a panel of weights, added to rows of y.
 template <class T, int R, int V>
-void Rows(const int32_t* source, const int32_t* target, const T* x, int64_t ldx, const T* w, int64_t depth, T* y, int64_t ldy,
-          int64_t columns) {
+void Rows(const int32_t* source, const int32_t* target, const T* x, int64_t ldx, const T* w, int64_t ldw, int64_t depth, T* y,
+          int64_t ldy, int64_t columns) {
   const T* row[R];
   Vec<T> sum[R][V];
 #pragma GCC unroll 12
@@ -72,7 +74,7 @@ void Rows(const int32_t* source, const int32_t* target, const T* x, int64_t ldx,
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++) sum[r][v] = Vec<T>{};
   }
-  for (int64_t p = 0; p < depth; p++, w += V * kLanes<T>) {
+  for (int64_t p = 0; p < depth; p++, w += ldw) {
     Vec<T> line[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++) line[v] = Load(w + v * kLanes<T>);
@@ -91,13 +93,46 @@ void Rows(const int32_t* source, const int32_t* target, const T* x, int64_t ldx,
   }
 }
 
+// R neighbouring rows of y from all taps at once; where there is no neighbour, from a row of zeros.
+template <class T, int R, int V>
+void Whole(const int32_t* table, int64_t step, int64_t taps, const T* x, int64_t ldx, uint32_t rows, const T* zeros, const T* w,
+           int64_t tap_size, int64_t ldw, int64_t depth, T* y, int64_t ldy, int64_t columns) {
+  Vec<T> sum[R][V];
+#pragma GCC unroll 12
+  for (int r = 0; r < R; r++) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v++) sum[r][v] = Vec<T>{};
+  }
+  for (int64_t tap = 0; tap < taps; tap++, table += step) {
+    const T* row[R];
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++) row[r] = static_cast<uint32_t>(table[r]) < rows ? x + table[r] * ldx : zeros;
+    const T* b = w + tap * tap_size;
+    for (int64_t p = 0; p < depth; p++, b += ldw) {
+      Vec<T> line[V];
+#pragma GCC unroll 2
+      for (int v = 0; v < V; v++) line[v] = Load(b + v * kLanes<T>);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; r++) {
+        const Vec<T> s = All(row[r][p]);
+#pragma GCC unroll 2
+        for (int v = 0; v < V; v++) sum[r][v] += s * line[v];
+      }
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; r++) Put<T, V>(y + r * ldy, sum[r], columns);
+}
+
 // The functions for 1 to kRows rows.
 template <class T, int V>
 struct Kernels {
   decltype(&Rows<T, 1, V>) rows[kRows];
+  decltype(&Whole<T, 1, V>) whole[kRows];
   decltype(&Outer<T, 1, V>) outer[kRows];
   template <int... R>
-  explicit Kernels(std::integer_sequence<int, R...>) : rows{Rows<T, R + 1, V>...}, outer{Outer<T, R + 1, V>...} {}
+  explicit Kernels(std::integer_sequence<int, R...>)
+      : rows{Rows<T, R + 1, V>...}, whole{Whole<T, R + 1, V>...}, outer{Outer<T, R + 1, V>...} {}
   static const Kernels& Get() {
     static const Kernels kernels{std::make_integer_sequence<int, kRows>()};
     return kernels;
@@ -125,16 +160,43 @@ ffi::Error Forward(ffi::ThreadPool pool, int64_t groups, ffi::Buffer<kType> x, f
   auto xd = x.dimensions(), wd = w.dimensions(), td = table.dimensions();
   const Sizes<T> s(wd[0], wd[1], wd[2], groups);
   const int64_t rows = td[1];
-  Lease lease(s.Depthwise() ? 0 : s.taps * s.All() * s.in * s.width * sizeof(T));
+  const int64_t tap_size = s.All() * s.in * s.width;
+  Lease lease((s.taps * tap_size + s.in) * sizeof(T));
   T* packed = lease.As<T>();
+  T* zeros = packed + s.taps * tap_size;
+  std::memset(zeros, 0, s.in * sizeof(T));
   if (!s.Depthwise()) PackWeights(w.typed_data(), s, packed);
   // Few rows are cut finer, so that there is work for all threads.
-  const int64_t block = std::clamp<int64_t>(RoundUp(rows / 16, 32), 64, kBlock);
+  const int64_t block = std::clamp<int64_t>(rows / 16, 64, kBlock) / kRows * kRows;
   ParallelFor(pool, (rows + block - 1) / block, [&](int64_t b) {
     const int64_t begin = b * block, end = std::min(rows, begin + block);
     T* out = y->typed_data();
     std::memset(out + begin * s.outputs, 0, (end - begin) * s.outputs * sizeof(T));
     Pairs pairs;
+    int32_t found[kBlock] = {};
+    for (int64_t tap = 0; tap < s.taps && !s.Depthwise(); tap++) {
+      const int32_t* row = table.typed_data() + tap * rows + begin;
+      for (int64_t i = 0; i < end - begin; i++) found[i] += static_cast<uint32_t>(row[i]) < static_cast<uint32_t>(xd[0]);
+    }
+    for (int64_t first = 0; first < end - begin && !s.Depthwise(); first += kRows) {
+      // Where nearly all neighbours are there, a tile is computed as a whole. Empty rows do not count, so that a larger
+      // capacity changes nothing.
+      const int64_t n = std::min<int64_t>(kRows, end - begin - first);
+      int64_t present = 0, filled = 0;
+      for (int64_t i = first; i < first + n; i++) {
+        present += found[i];
+        filled += found[i] > 0;
+      }
+      if (!filled || present * 8 < 7 * s.taps * filled) continue;
+      std::memset(pairs.done + first, 1, n);
+      for (int64_t panel = 0; panel < s.All(); panel++) {
+        const int64_t columns = s.Columns(panel);
+        auto* kernel = columns > kLanes<T> ? Kernels<T, 2>::Get().whole[n - 1] : Kernels<T, 1>::Get().whole[n - 1];
+        kernel(table.typed_data() + begin + first, rows, s.taps, x.typed_data() + panel / s.panels * s.in, s.inputs, xd[0], zeros,
+               packed + panel * s.in * s.width, tap_size, s.width, s.in, out + (begin + first) * s.outputs + s.Column(panel),
+               s.outputs, columns);
+      }
+    }
     for (int64_t tap = 0; tap < s.taps; tap++) {
       pairs.Collect(table.typed_data() + tap * rows, begin, end, xd[0]);
       if (s.Depthwise()) {
@@ -155,7 +217,8 @@ ffi::Error Forward(ffi::ThreadPool pool, int64_t groups, ffi::Buffer<kType> x, f
         for (int64_t t = 0; t < tiles; t++) {
           const int64_t first = Share(pairs.count, t, tiles), n = Share(pairs.count, t + 1, tiles) - first;
           auto* kernel = columns > kLanes<T> ? Kernels<T, 2>::Get().rows[n - 1] : Kernels<T, 1>::Get().rows[n - 1];
-          kernel(pairs.source + first, pairs.target + first, from, s.inputs, weights, s.in, to, s.outputs, columns);
+          kernel(pairs.source + first, pairs.target + first, from, s.inputs, weights, s.width, s.in, to, s.outputs,
+                 columns);
         }
       }
     }

@@ -2,7 +2,8 @@
 
 For every tap a loop of dynamic length runs over pieces of its list: gather rows, multiply, add to the rows of the
 result. A row is met at most once in a tap, so every step adds to distinct rows and sums have one order: results are the
-same bits in every run. The derivative by the weights only gathers.
+same bits in every run. The derivative by the weights only gathers. To gather all rows for every tap, and add nothing to
+single rows, takes longer on CPUs, except where most neighbours are there.
 """
 
 import jax
