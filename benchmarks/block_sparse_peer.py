@@ -1,18 +1,16 @@
 """The torch and scipy side of block_sparse.py: a process that times one of its products when told to.
 
-Torch, scipy and JAX slow each other down in one process, since their thread pools fight for the same cores. So this
-process waits on its input while the other one works. Weights are stored transposed, as these libraries need them:
-y^T = W^T x^T. None of them has a product that computes the gradient of stored blocks, so `both` is forward and dx only.
+Weights are stored transposed, as these libraries need them: y^T = W^T x^T. None of them has a product that computes the
+gradient of stored blocks, so `both` is forward and dx only.
 """
 
 import argparse
-import sys
-import time
 import warnings
 
 import numpy as np
 import scipy.sparse
 import torch
+from peer import serve
 
 
 def functions(path: str) -> dict:
@@ -42,31 +40,9 @@ def functions(path: str) -> dict:
     return found
 
 
-def main() -> None:
-    """Obeys `load FILE` and `time NAME`."""
+if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, required=True)
     torch.set_num_threads(parser.parse_args().threads)
     warnings.simplefilter("ignore")
-    known: dict = {}
-    print("ready now", flush=True)
-    for line in sys.stdin:
-        word, _, rest = line.strip().partition(" ")
-        if word == "load":
-            known = functions(rest)
-            print("loaded " + ",".join(known), flush=True)
-            continue
-        timings = []
-        begin = time.perf_counter()
-        # The first of several calls wakes threads and caches; a long one does so itself.
-        while len(timings) < 2 or (len(timings) < 6 and time.perf_counter() - begin < 0.1):
-            start = time.perf_counter()
-            known[rest]()
-            timings.append(time.perf_counter() - start)
-            if timings[0] > 0.25:
-                break
-        print(f"seconds {min(timings)}", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    serve(functions)
