@@ -33,11 +33,11 @@ class Training:
     # bytes that a prediction can look back on
     length: int = 512
     # optimizer steps of the dense model
-    steps: int = 500
+    steps: int = 1500
     # windows in a step
-    batch_size: int = 8
+    batch_size: int = 4
     # peak of the learning rate, reached after the warm-up, then decayed to a tenth by a cosine
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     # bytes of source to read at most; 0 reads all, about 12 million
     max_bytes: int = 4_000_000
     # held-out windows that are evaluated

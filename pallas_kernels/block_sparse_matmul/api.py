@@ -78,6 +78,8 @@ def block_sparse_matmul(
         ((3, 16), 8.0, 8.0)
     """
     x, values = (a if isinstance(a, jax.Array) else jnp.asarray(a) for a in (x, values))
+    if not isinstance(lists, BlockLists):
+        raise TypeError(f"lists is a {type(lists).__name__}; make it with block_lists(rows, cols, grid=...)")
     lists = BlockLists(*(jnp.asarray(leaf) for leaf in lists))
     sizes, dtype = _prepare(x, values, lists, shape)
     if probe_pooling not in POOLINGS:
