@@ -57,7 +57,7 @@ def structure_of(config):
         case "unstructured":
             return sparsejax.Unstructured()
         case "block":
-            return sparsejax.Block(tuple(config.block))
+            return sparsejax.Block(tuple(config.block), groups=config.block_groups)
         case "channel":
             return sparsejax.Channel()
     raise UsageError(f"structure is {config.structure!r}; known are unstructured, block, channel")

@@ -29,10 +29,11 @@ PARAMETER_AXES = {
     "*attention/*/kernel": ("embed", "heads", None),
     "*attention/out/kernel": ("heads", None, "embed"),
     "head/kernel": ("embed", "vocabulary"),
+    "*kernel/values": ("groups", None, None, None),
 }
 """Globs over names of parameters, and names of their last axes; of those that fit, the last one counts."""
 
-SPLIT = {"embed": "fsdp", "hidden": "tensor", "heads": "tensor", "vocabulary": "tensor"}
+SPLIT = {"embed": "fsdp", "groups": "fsdp", "hidden": "tensor", "heads": "tensor", "vocabulary": "tensor"}
 """The mesh axis along which a named axis is split."""
 
 
@@ -136,6 +137,24 @@ class Layout:
         if not self.explicit:
             return function
         return jax.sharding.auto_axes(function, axes=MESH_AXES, out_sharding=out)
+
+    def over_rows(self, function, reduce, *, axis: int = 0):
+        """Runs a function on every device with its part of a batch and the whole network, gathered for it.
+
+        For kernels that the compiler cannot split. The whole mesh splits the batch, `tensor` too. Works in the context
+        of the layout, under automatic partitioning.
+
+        Args:
+            function: `function(params, rest, rows)`.
+            reduce: `jax.lax.pmean` or `jax.lax.psum`: how results of parts become the result of the batch.
+            axis: the axis of `rows` that the mesh splits.
+        """
+        whole, rows = PartitionSpec(), PartitionSpec(*(None,) * axis, MESH_AXES)
+
+        def of_part(params, rest, part):
+            return reduce(function(params, rest, part), MESH_AXES)
+
+        return jax.shard_map(of_part, in_specs=(whole, whole, rows), out_specs=whole)
 
 
 def make_mesh(shape: tuple[int, int, int], axis_types: Literal["auto", "explicit"] = "auto", devices=None) -> Mesh:

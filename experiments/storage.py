@@ -14,7 +14,7 @@ from sparsejax.nn import sparsify_model, split
 from sparsejax.parameters.slots import store_blocks
 
 
-def stores_blocks(config, name: str, meshed: bool) -> bool:
+def stores_blocks(config, name: str) -> bool:
     """Whether a variant stores blocks.
 
     Raises:
@@ -26,8 +26,6 @@ def stores_blocks(config, name: str, meshed: bool) -> bool:
         raise UsageError(f"{name} finds masks on dense weights; take --storage masks, or leave {name} out")
     if config.structure not in ("block", "unstructured"):
         raise UsageError(f"--storage block stores blocks; it cannot go with --structure {config.structure}")
-    if meshed:
-        raise UsageError("--storage block runs on one device so far; leave out the mesh, or take --storage masks")
     return True
 
 
@@ -85,8 +83,10 @@ def store(params, masks, algorithm: Algorithm, config):
 
 
 def _slots(plan, algorithm: Algorithm) -> dict[str, int]:
+    """Slots of a group."""
     grids = {leaf.path: leaf.structure.grid(leaf.roles.matrix_shape(leaf.shape)) for leaf in plan}
-    full = {path: grid[-2] * grid[-1] for path, grid in grids.items()}
+    groups = {leaf.path: leaf.structure.groups for leaf in plan}
+    full = {path: grid[-2] * grid[-1] // groups[path] for path, grid in grids.items()}
     if algorithm.start is None:  # starts with everything
         return full
     with jax.ensure_compile_time_eval():
@@ -94,4 +94,4 @@ def _slots(plan, algorithm: Algorithm) -> dict[str, int]:
         counts = count_units(plan, distribution, algorithm.sparsity_at(0), algorithm.final_sparsity)
         if counts.pool:
             return full
-        return {path: int(jnp.max(jnp.asarray(count))) for path, count in counts.layers.items()}
+        return {path: -(-int(jnp.max(jnp.asarray(count))) // groups[path]) for path, count in counts.layers.items()}

@@ -65,7 +65,7 @@ class Variant:
         self._inner = experiment.optimizer(config)
         make_model = functools.partial(experiment.model, config)
         self._graphdef = nnx.split(nnx.eval_shape(lambda: make_model(nnx.Rngs(0))))[0]
-        self.stored = stores_blocks(config, name, layout is not None)
+        self.stored = stores_blocks(config, name)
         self._stored_graph = stored_graph(make_model, config) if self.stored else None
 
         def make_variables(seed):
@@ -100,17 +100,31 @@ class Variant:
             )
         if self.name in BEFORE_TRAINING and layout.explicit:
             raise UsageError(f"{self.name} finds masks under automatic sharding only: pass --axis-types auto")
-        self._params_placed, whole = layout.of_params(params), layout.sharding()
+        if self.stored:
+            self._check_rows(rest)
+        whole = layout.sharding()
         self._rest_placed = jax.tree.map(lambda _: whole, rest)
-        self.placed = layout.of_state(self._abstract, params)
-        placed = (self._params_placed, self._rest_placed)
+        self.placed = layout.of_state(self._abstract, self._abstract.params)
+        placed = (layout.of_params(params), self._rest_placed)
         make = layout.automatically(self._make_variables, out=placed)
         self._make_variables = self._in_context(jax.jit(make, out_shardings=placed))
-        self._make_state = self._in_context(jax.jit(self._state, out_shardings=self.placed))
+        make = layout.automatically(self._state, out=self.placed) if self.stored else self._state
+        self._make_state = self._in_context(jax.jit(make, out_shardings=self.placed))
         results = (self.placed, (whole, whole))
         self._step = jax.jit(self.step, donate_argnums=0, out_shardings=results)
         self.run_step = self._in_context(self._step)
         self._evaluation = self._in_context(jax.jit(self._sums, out_shardings=whole))
+
+    def _check_rows(self, rest) -> None:
+        """Kernels of stored blocks see the rows of their device only."""
+        size, devices = self.config.batch_size, self.layout.mesh.size
+        if size % devices:
+            raise UsageError(
+                f"batch_size is {size}; with --storage block all {devices} devices of the mesh share it, so {devices} "
+                "must divide it"
+            )
+        if found := [name for name, _ in named_leaves(rest)]:
+            raise UsageError(f"{found[0]} is of a whole batch; with --storage block leave out the mesh")
 
     def _in_context(self, function):
         def call(*arguments):
@@ -212,9 +226,11 @@ class Variant:
             loss = mean_loss(model(inputs, train=True), targets)
             return loss, nnx.as_pure(nnx.state(model, nnx.Not(nnx.Any(nnx.Param, Indices))))
 
+        if self.stored and self.layout is not None:
+            loss_and_rest = self.layout.over_rows(loss_and_rest, jax.lax.pmean)
         gradient = value_and_grad(loss_and_rest, has_aux=True)
         if self.layout is not None:
-            out = ((self.layout.sharding(), self._rest_placed), self._params_placed)
+            out = ((self.layout.sharding(), self._rest_placed), self.placed.params)
             gradient = self.layout.automatically(gradient, out=out)
         (loss, rest), grads = gradient(state.params, state.rest, batch)
         masks = masks_of(state.opt_state) if self.name in BEFORE_TRAINING else None
@@ -251,6 +267,8 @@ class Variant:
 
             return jax.tree.map(jnp.sum, jax.lax.map(sums, heldout))
 
+        if self.stored and self.layout is not None:
+            total = self.layout.over_rows(total, jax.lax.psum, axis=1)
         if self.layout is not None:
             total = self.layout.automatically(total, out=self.layout.sharding())
         return total(params, rest, heldout)

@@ -36,11 +36,12 @@ class Choice:
 
 
 def platform_of(*arrays: Any) -> str:
-    """The platform of the first concrete array ("cpu", "tpu", "gpu"), or the default one."""
+    """The platform of the first concrete array ("cpu", "tpu", "gpu"), or of the mesh in context, or the default one."""
     for x in arrays:
         if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
             return _family(next(iter(x.devices())).platform)
-    return _family(jax.default_backend())
+    device = jax.sharding.get_abstract_mesh().abstract_device  # of a program that is only compiled, not of this machine
+    return _family(device.platform if device else jax.default_backend())
 
 
 def _family(platform: str) -> str:

@@ -15,12 +15,12 @@ import functools
 import itertools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import compat
 from pallas_kernels.block_sparse_matmul.lists import BlockLists, flatten
 from pallas_kernels.block_sparse_matmul.shapes import Sizes
 
@@ -216,7 +216,7 @@ def _rows(x, stored, ptr, other, slot, plan: _Plan, name: str, interpret):
             out_specs=pl.BlockSpec((plan.rows, plan.out), lambda p, j, *_: (p, j)),
             scratch_shapes=scratch,
         ),
-        out_shape=jax.ShapeDtypeStruct((m, columns * plan.out), x.dtype),
+        out_shape=compat.like_varying((m, columns * plan.out), x.dtype, x, stored),
         name=name,
         interpret=interpret,
         cost_estimate=pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=moved),
@@ -388,7 +388,7 @@ def dvalues(x: Array, dy: Array, lists: BlockLists, sizes: Sizes, *, interpret: 
             ],
         ),
         input_output_aliases={6: 0},
-        out_shape=jax.ShapeDtypeStruct(shape, x.dtype),
+        out_shape=compat.like_varying(shape, x.dtype, x, dy),
         name="block_sparse_matmul_dvalues",
         interpret=interpret,
         cost_estimate=pl.CostEstimate(
@@ -400,7 +400,7 @@ def dvalues(x: Array, dy: Array, lists: BlockLists, sizes: Sizes, *, interpret: 
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VECTOR_BYTES
         ),
-    )(row, column, slot, ptr[-1:], xt, dy, jnp.zeros(shape, x.dtype))
+    )(row, column, slot, ptr[-1:], *compat.vary_alike((xt, dy, jnp.zeros(shape, x.dtype))))
     return found.reshape(sizes.groups, sizes.capacity, sizes.bk, sizes.bn)
 
 

@@ -166,7 +166,8 @@ class Block:
     def _in_groups(self, function, unit_scores, count, where):
         if self.groups == 1:
             return function(unit_scores, count, where=where)
-        grouped = jax.tree.map(self.to_groups, (unit_scores, where))
+        # Counts have no sharding: where the groups lie across devices, there is nothing to map both over alike.
+        grouped = jax.tree.map(lambda units: unshard(self.to_groups(units), 0), (unit_scores, where))
         number = self.group_counts(jnp.asarray(count, jnp.int32))
         return self.from_groups(jax.vmap(lambda s, n, w: function(s, n, where=w))(grouped[0], number, grouped[1]))
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax.masks.budget import count_units
+from sparsejax.masks.layout import unshard
 from sparsejax.masks.paths import is_stored, map_with_names, named_leaves
 from sparsejax.masks.rules import LeafPlan
 from sparsejax.masks.sequence import run_if
@@ -38,7 +39,7 @@ class StoredView:
 
     def pool(self, scored):
         """Scores of all blocks: of stored ones from their elements, of absent ones what the probe says of them."""
-        slots = self.leaf.pool(scored.values)
+        slots = unshard(self.leaf.pool(scored.values), -2)
         grid = self.leaf.to_grid(slots, 0)
         return jnp.where(self.leaf.mask(), grid, scored.probe.astype(grid.dtype))
 

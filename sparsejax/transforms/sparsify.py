@@ -10,6 +10,7 @@ import optax
 
 from sparsejax.masks.block import Block
 from sparsejax.masks.budget import count_units
+from sparsejax.masks.layout import match_sharding
 from sparsejax.masks.paths import map_with_names, named_leaves
 from sparsejax.masks.sequence import after, run_if
 from sparsejax.topology.algorithm import NEVER, Algorithm
@@ -228,7 +229,7 @@ def _live(masks, stored, moved):
     """Masks of what the inner optimizer sees: of a stored leaf, of the values that stay where they are."""
 
     def mask(path, mask):
-        return stored[path].live(moved[path].stays) if path in moved else mask
+        return match_sharding(stored[path].live(moved[path].stays), stored[path].values) if path in moved else mask
 
     return map_with_names(mask, masks) if stored else masks
 

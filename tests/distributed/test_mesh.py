@@ -14,31 +14,43 @@ from experiments.sharding import Layout, make_mesh
 from experiments.variant import Variant
 from sparsejax.masks.paths import named_leaves
 
+BLOCKS = sparsejax.Block((8, 8), groups=2)
 ALGORITHMS = {
     "rigl": lambda: sparsejax.rigl(0.8, update_every=2),
-    "blocks": lambda: sparsejax.rigl(0.5, structure=sparsejax.Block((8, 8)), update_every=2),
+    "blocks": lambda: sparsejax.rigl(0.5, structure=BLOCKS, update_every=2),
+    "stored": lambda: sparsejax.rigl(0.5, structure=BLOCKS, distribution=sparsejax.uniform, update_every=2),
     "nm": lambda: sparsejax.sr_ste(2, 4),
 }
+SHAPES = {"attention": {"query": {"kernel": (32, 4, 16)}}, "up": {"kernel": (32, 64)}, "down": {"kernel": (64, 32)}}
 
 
-def updated(algorithm, layout: Layout | None):
+def draw(like, seed: int):
+    """Random numbers in the place of floating leaves, zeros in that of integers."""
+    leaves, tree = jax.tree.flatten(like)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    floating = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
+    drawn = [
+        jax.random.normal(k, leaf.shape) if f else jnp.zeros_like(leaf)
+        for k, f, leaf in zip(keys, floating, leaves, strict=True)
+    ]
+    return tree.unflatten(drawn)
+
+
+def updated(name: str, layout: Layout | None):
     """Parameters and state after five updates; masks move in three of them."""
-    shapes = {"attention": {"query": {"kernel": (32, 4, 16)}}, "up": {"kernel": (32, 64)}, "down": {"kernel": (64, 32)}}
-
-    def draw(key):
-        paths, tree = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
-        keys = jax.random.split(key, len(paths))
-        return tree.unflatten([jax.random.normal(k, shape) for k, shape in zip(keys, paths, strict=True)])
-
-    optimizer = sparsejax.sparsify(optax.adam(1e-2), algorithm)
-    params = draw(jax.random.key(0))
-    grads = [draw(jax.random.key(step)) for step in range(1, 6)]
+    optimizer = sparsejax.sparsify(optax.adam(1e-2), ALGORITHMS[name]())
+    shapes = jax.tree.map(lambda s: jnp.zeros(s), SHAPES, is_leaf=lambda s: isinstance(s, tuple))
+    params = draw(shapes, 0)
+    if name == "stored":
+        state = optimizer.init(params)
+        params = sparsejax.to_sparse(sparsejax.mask_params(params, state), sparsejax.masks_of(state), BLOCKS)
+    grads = [draw(params, step) for step in range(1, 6)]
     init, update = optimizer.init, optimizer.update
     if layout is None:
         init, update = jax.jit(init), jax.jit(update)
     else:
-        like, state = (params, jax.eval_shape(init, params))
-        placed, of_state = layout.of_params(like), layout.of_state(state, like)
+        placed = layout.of_state(params, params)
+        of_state = layout.of_state(jax.eval_shape(init, params), params)
         init, update = jax.jit(init, out_shardings=of_state), jax.jit(update, out_shardings=(placed, of_state))
         params, grads = jax.device_put(params, placed), [jax.device_put(g, placed) for g in grads]
     state = init(params)
@@ -52,36 +64,38 @@ def updated(algorithm, layout: Layout | None):
     ("name", "axis_types"),
     [
         ("rigl", "explicit"),
-        pytest.param("blocks", "auto", marks=pytest.mark.slow),
+        ("stored", "explicit"),
         ("nm", "auto"),
         ("nm", "explicit"),
-        pytest.param("rigl", "auto", marks=pytest.mark.slow),
-        pytest.param("blocks", "explicit", marks=pytest.mark.slow),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("rigl", "auto"), ("stored", "auto"), ("blocks", "auto"), ("blocks", "explicit")]
+        ),
     ],
 )
 def test_masks_are_those_of_one_device_given_the_same_gradients(name, axis_types):
     layout = Layout(make_mesh((2, 2, 2), axis_types))
-    params, state = updated(ALGORITHMS[name](), None)
+    params, state = updated(name, None)
     with layout.context():
-        params_there, state_there = updated(ALGORITHMS[name](), layout)
+        params_there, state_there = updated(name, layout)
     for (path, here), (_, there) in zip(
         named_leaves(sparsejax.masks_of(state)), named_leaves(sparsejax.masks_of(state_there)), strict=True
     ):
         np.testing.assert_array_equal(there, here, err_msg=path)
-        assert not there.is_fully_replicated
+        assert name == "stored" or not there.is_fully_replicated
     for (path, here), (_, there) in zip(named_leaves(params), named_leaves(params_there), strict=True):
-        np.testing.assert_allclose(there, here, rtol=1e-6, err_msg=path)
+        np.testing.assert_allclose(there, here, rtol=1e-6, atol=1e-7, err_msg=path)
+        assert not (path.endswith(("kernel", "values")) and there.is_fully_replicated), path
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("axis_types", ["auto", "explicit"])
-def test_the_trainer_on_a_mesh_trains_as_on_one_device(axis_types):
+@pytest.mark.parametrize("name", ["rigl", "stored"])
+def test_the_trainer_on_a_mesh_trains_as_on_one_device(name, axis_types):
     ends = []
-    config = tiny.config()
-    task = EXPERIMENT.task(config)
     for layout in (None, Layout(make_mesh((2, 2, 2), axis_types))):
-        variant = Variant(EXPERIMENT, config, "rigl", task, layout)
-        state, data, losses = variant.first_state(0), iter(task.batches(0)), []
+        variant = tiny.variant(name, layout)
+        state, data, losses = variant.first_state(0), iter(variant.task.batches(0)), []
         for _ in range(3):
             state, (loss, _) = variant.run_step(state, variant.place(next(data)), np.uint32(0))
             losses.append(float(loss))
@@ -98,7 +112,17 @@ def test_the_trainer_on_a_mesh_trains_as_on_one_device(axis_types):
         assert np.mean(np.asarray(here) != np.asarray(there)) < 0.01, path
 
 
-def test_a_batch_must_divide_over_the_mesh():
-    config = tiny.config(batch_size=6)
-    with pytest.raises(UsageError, match="batch_size is 6; the mesh's data x fsdp, 4, must divide it"):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 6}, "batch_size is 6; the mesh's data x fsdp, 4, must divide it"),
+        (
+            {"batch_size": 12, **tiny.STORED},
+            "batch_size is 12; with --storage block all 8 devices of the mesh share it",
+        ),
+    ],
+)
+def test_a_batch_must_divide_over_the_mesh(changes, message):
+    config = tiny.config(**changes)
+    with pytest.raises(UsageError, match=message):
         Variant(EXPERIMENT, config, "rigl", EXPERIMENT.task(config), Layout(make_mesh((2, 2, 2))))

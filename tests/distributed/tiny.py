@@ -3,9 +3,14 @@
 import dataclasses
 
 from experiments.configs.bytes_lm import EXPERIMENT
+from experiments.sharding import Layout
+from experiments.variant import Variant
 
 FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 """Flags for XLA: half a minute of compilation becomes seconds, and it does not matter how fast the code is."""
+
+STORED = {"storage": "block", "block": (4, 4), "block_groups": 2}
+"""Changes of the configuration that store blocks, which the second axis of a mesh of 2 x 2 x 2 splits."""
 
 
 def config(**changes):
@@ -28,6 +33,12 @@ def config(**changes):
         "masks_until": 1.0,
     }
     return dataclasses.replace(EXPERIMENT.config, **(fields | changes))
+
+
+def variant(name: str, layout: Layout | None = None) -> Variant:
+    """An algorithm's variant; `stored` is RigL with stored blocks."""
+    found = config(**STORED) if name == "stored" else config()
+    return Variant(EXPERIMENT, found, "rigl" if name == "stored" else name, EXPERIMENT.task(found), layout)
 
 
 def flags(**changes) -> list[str]:
