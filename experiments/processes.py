@@ -19,6 +19,7 @@ import jax
 from experiments.experiment import UsageError
 from pallas_kernels.compat import coordination_client
 
+HEARTBEAT = 100  # seconds after which JAX by default aborts all processes when one is silent; `Watch` names it before
 LATE = 75  # exit status of a process that gave up waiting: of sysexits.h, "try again"
 _rounds = itertools.count()  # all processes ask in the same order, so that equal numbers mean the same round
 
@@ -47,7 +48,7 @@ def start(coordinator: str, count: int, index: int) -> None:
     else:
         if not 0 <= index < count:
             raise UsageError(f"process is {index}; with --processes {count} it is 0 to {count - 1}")
-        jax.distributed.initialize(coordinator, count, index, heartbeat_timeout_seconds=30)
+        jax.distributed.initialize(coordinator, count, index)
     coordination_client().key_value_set(f"host/{jax.process_index()}", socket.gethostname())
 
 
@@ -180,8 +181,9 @@ class Watch:
 
     A collective operation that one process does not join never returns, and cannot be interrupted. So every process
     posts, about once a second, at which step it is and whether it is busy itself (reading data) or may be waiting
-    (computing, saving). One that waits long looks at what the others posted: who no longer posts is stopped or dead,
-    who is behind is slow. After a quarter of `patience` it says so, after all of it it ends.
+    (computing, saving). One that waits looks at what the others posted: who no longer posts is stopped or dead, who is
+    behind is slow. It ends when one has been silent for a twentieth of `patience`, 60 seconds at most; of slow ones it
+    says so after a quarter of `patience`, and ends after all of it.
 
     Args:
         patience: seconds without progress after which to end.
@@ -191,6 +193,7 @@ class Watch:
 
     def __init__(self, patience: float, interval: float = 1.0, end: Callable[[str], None] | None = None):
         self._client, self._patience, self._interval = coordination_client(), patience, interval
+        self._silence = min(max(5 * interval, patience / 20), HEARTBEAT - 40)
         self._end = end or _give_up
         self._at, self._since = (0, READING), time.monotonic()
         self._stop = threading.Event()
@@ -212,47 +215,49 @@ class Watch:
         self._at, self._since = (step, what), time.monotonic()
 
     def _run(self) -> None:
-        said = False
+        said, looked, seen = False, 0.0, {}
         for beat in itertools.count():
-            step, what = self._at
-            post = json.dumps([beat, step, what])
+            at = self._at
+            post = json.dumps([beat, *at])
             try:
                 self._client.key_value_set(f"{self._key}/{jax.process_index()}", post, allow_overwrite=True)
             except Exception:  # the coordinator is gone: JAX ends this process by itself
                 return
             if self._stop.wait(self._interval):
                 return
-            waited = time.monotonic() - self._since
-            if (
-                what == READING
-                or self._at != (step, what)
-                or waited < (self._patience / 4 if not said else self._patience)
-            ):
-                said = said and self._at == (step, what)
+            now = time.monotonic()
+            if at[1] == READING or self._at != at:
+                said, seen = False, {}
                 continue
-            message = self._who_is_late(step, what, waited)
-            if self._stop.is_set() or self._at != (step, what):
+            if now - looked < self._patience / 60:  # what a thousand processes ask of the first one
                 continue
-            if said:
+            looked, waited, seen = now, now - self._since, self._look(seen, now)
+            silent = {process for process, (_, since) in seen.items() if now - since > self._silence}
+            ends = bool(silent) or waited > self._patience
+            if not ends and (said or waited < self._patience / 4):
+                continue
+            message = self._who_is_late(*at, waited, seen, silent)
+            if self._stop.is_set() or self._at != at:
+                continue
+            if ends:
                 self._end(message)
                 return
             print(f"warning: {message}", file=sys.stderr, flush=True)
             said = True
 
-    def _posts(self) -> dict[int, tuple]:
-        found = self._client.key_value_dir_get(f"{self._key}/")
-        return {int(key.split("/")[-1]): tuple(json.loads(post)) for key, post in found}
-
-    def _who_is_late(self, step: int, what: str, waited: float) -> str:
-        before = self._posts()
-        self._stop.wait(3 * self._interval)
-        now = self._posts()
+    def _look(self, seen: dict[int, tuple], now: float) -> dict[int, tuple]:
+        """The newest post of every other process, and when it was new."""
+        found = {int(key.split("/")[-1]): post for key, post in self._client.key_value_dir_get(f"{self._key}/")}
         others = set(range(jax.process_count())) - {jax.process_index()}
-        silent = {p for p in others if p not in now or now[p] == before.get(p)}
-        slow = {p for p in others - silent if now[p][1] < step or (now[p][1] == step and now[p][2] == READING)}
-        parts = [f"{in_words(silent)} stopped answering" * bool(silent)]
-        parts += [f"{in_words([p])} is still {now[p][2]} step {now[p][1]}" for p in sorted(slow)]
-        who = "; ".join(part for part in parts if part) or "all answer and none is behind: look at the network"
+        same = {process for process in others & set(seen) if seen[process][0] == found.get(process)}
+        return {process: seen[process] if process in same else (found.get(process), now) for process in others}
+
+    def _who_is_late(self, step: int, what: str, waited: float, seen: dict[int, tuple], silent: set[int]) -> str:
+        at = {process: json.loads(post)[1:] for process, (post, _) in seen.items() if post and process not in silent}
+        slow = [p for p, (s, w) in sorted(at.items()) if s < step or (s == step and w == READING)]
+        parts = [f"{in_words(silent)} stopped answering"] if silent else []
+        parts += [f"{in_words([p])} is still {at[p][1]} step {at[p][0]}" for p in slow]
+        who = "; ".join(parts) or "all answer and none is behind: look at the network"
         return f"process {jax.process_index()} has waited {waited:.0f} s while {what} step {step}: {who}"
 
 

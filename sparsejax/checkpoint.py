@@ -184,12 +184,14 @@ class Checkpointer:
         with silence():
             try:
                 return self._restore(abstract_state, data, step, partial)
-            except DamagedCheckpointError as error:
-                problem, leaf = str(error), error.leaf
+            except CheckpointError as error:
+                problem = error.with_traceback(None)
             good = self._newest_good_step(abstract_state, data, step, partial)
             gc.collect()
+        if good is None and not isinstance(problem, DamagedCheckpointError):
+            raise problem  # what was asked for was never saved
         remedy = "no other step verifies" if good is None else f"restore step={good}, the newest one that verifies"
-        raise DamagedCheckpointError(f"{self._name(step)} is damaged: {problem}; {remedy}", leaf, good)
+        raise DamagedCheckpointError(f"{self._name(step)} is damaged: {problem}; {remedy}", problem.leaf, good)
 
     def _name(self, step: int) -> str:
         return str(self.directory / str(step))

@@ -59,8 +59,9 @@ class Job:
             self._readers.append(reader)
 
     def _read(self, index: int, worker) -> None:
-        for line in worker.stdout:
-            self._output(index, line.rstrip("\n"))
+        with worker.stdout:
+            for line in worker.stdout:
+                self._output(index, line.rstrip("\n"))
 
     def wait(self) -> int:
         """Waits for all; returns 0, or the status of the first that failed, after which the others are ended."""

@@ -14,20 +14,24 @@ import pytest
 import tiny
 from orbax.checkpoint import v1 as ocp
 
-from experiments.configs.bytes_lm import EXPERIMENT
 from experiments.metrics import read_records
 from experiments.sharding import Layout, make_mesh
 from experiments.train import train
-from experiments.variant import Variant
 from sparsejax.checkpoint import Checkpointer
 from sparsejax.masks.paths import named_leaves
 
 HERE = Path(__file__).parent
+MASK = "opt_state/masks/blocks/0/up/kernel"
 
 
-@pytest.fixture(scope="module", params=["rigl", pytest.param("sr_ste", marks=pytest.mark.slow)])
+NAMES = ["rigl", "stored", pytest.param("sr_ste", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module")
 def job(request, tmp_path_factory):
-    """The name of an algorithm, the folder of its run in two processes, and what both found."""
+    """The folder of runs in two processes, one for each name that a test asks for, and what both processes found."""
+    asked = [item.callspec.params["name"] for item in request.session.items if "name" in _params(item, __file__)]
+    names = [name for name in ("sr_ste", "rigl", "stored") if name in asked] or ["rigl"]
     folder = tmp_path_factory.mktemp("two")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -40,12 +44,12 @@ def job(request, tmp_path_factory):
     command = [sys.executable, str(HERE / "two_processes.py"), str(port)]
     logs = [(folder / f"log{index}.txt").open("w+") for index in range(2)]
     workers = [
-        subprocess.Popen([*command, str(index), str(folder), request.param], env=environment, stdout=log, stderr=log)
+        subprocess.Popen([*command, str(index), str(folder), ",".join(names)], env=environment, stdout=log, stderr=log)
         for index, log in enumerate(logs)
     ]
     try:
         for worker, log in zip(workers, logs, strict=True):
-            worker.wait(240)
+            worker.wait(600)
             log.seek(0)
             assert worker.returncode == 0, log.read()[-4000:]
     finally:
@@ -53,13 +57,11 @@ def job(request, tmp_path_factory):
             worker.kill()
             worker.wait()
             log.close()
-    found = [json.loads((folder / f"found{index}.json").read_text()) for index in range(2)]
-    return request.param, folder, found
+    return folder, [json.loads((folder / f"found{index}.json").read_text()) for index in range(2)]
 
 
-def variant_of(name: str, layout: Layout | None = None) -> Variant:
-    config = tiny.config()
-    return Variant(EXPERIMENT, config, name, EXPERIMENT.task(config), layout)
+def _params(item, path: str) -> dict:
+    return getattr(getattr(item, "callspec", None), "params", {}) if str(item.path) == path else {}
 
 
 def saved(run: Path) -> tuple[dict, dict]:
@@ -71,34 +73,36 @@ def saved(run: Path) -> tuple[dict, dict]:
 
 
 @pytest.mark.slow
-def test_trains_as_one_device_does(job, tmp_path):
+@pytest.mark.parametrize("name", NAMES)
+def test_trains_as_one_device_does(job, tmp_path, name):
     """Sums are added in another order, so a weight or two at the edge of the selection may be another one."""
-    name, folder, _ = job
-    train(variant_of(name), tmp_path, 0, resume=False, progress=False)
-    (_, one), (_, eight) = saved(tmp_path), saved(folder)
+    run = job[0] / name
+    train(tiny.variant(name), tmp_path, 0, resume=False, progress=False)
+    (_, one), (_, eight) = saved(tmp_path), saved(run)
     masks = [leaf for leaf in one if "masks" in leaf.split("/")]
     assert len(masks) == 6
     for leaf in masks:
         assert one[leaf].sum() == eight[leaf].sum(), leaf
         assert np.mean(eight[leaf] != one[leaf]) < 0.01, leaf
-    logs = [read_records(run / "metrics.jsonl") for run in (tmp_path, folder)]
+    logs = [read_records(folder / "metrics.jsonl") for folder in (tmp_path, run)]
     losses = [[r["loss"] for r in log if r["kind"] in ("train", "eval")] for log in logs]
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
-def test_one_process_writes_the_metrics(job):
-    records = read_records(job[1] / "metrics.jsonl")
+@pytest.mark.parametrize("name", NAMES)
+def test_one_process_writes_the_metrics(job, name):
+    records = read_records(job[0] / name / "metrics.jsonl")
     assert [r["step"] for r in records if r["kind"] == "train"] == [4, 8]
     assert [r["kind"] for r in records].count("final") == 1
 
 
-def test_checkpoints_move_between_meshes_bit_for_bit(job, tmp_path):
+@pytest.mark.parametrize("name", ["rigl", pytest.param("stored", marks=pytest.mark.slow)])
+def test_checkpoints_move_between_meshes_bit_for_bit(job, tmp_path, name):
     """Eight devices of two processes, to four of one, to one, and back to eight."""
-    name, folder, _ = job
-    manifest, _ = saved(folder)
-    folder = folder / "checkpoints"
+    manifest, _ = saved(job[0] / name)
+    folder = job[0] / name / "checkpoints"
     for number, shape in enumerate([(2, 2, 1), (1, 1, 1), (1, 4, 2)]):
-        variant = variant_of(name, Layout(make_mesh(shape, "explicit" if number == 2 else "auto")))
+        variant = tiny.variant(name, Layout(make_mesh(shape, "explicit" if number == 2 else "auto")))
         like = {"train": variant.abstract_state(), "training_flops": 0}
         with Checkpointer(folder) as checkpoints:
             state = checkpoints.restore(like)
@@ -112,28 +116,50 @@ def test_checkpoints_move_between_meshes_bit_for_bit(job, tmp_path):
     assert found == manifest
 
 
+@pytest.mark.parametrize(
+    ("kind", "problem"),
+    [
+        ("truncated", r"cannot be read"),
+        ("bit", rf"{MASK}: the mask keeps \d+ of \d+ weights, expected \d+"),
+        ("dtype", rf"{MASK} was saved as int8 and is asked for as bool"),
+        ("no masks", r"was saved without masks: it lacks opt_state/masks/"),
+    ],
+)
+def test_a_damaged_step_is_refused_by_both_processes(job, kind, problem):
+    for found in job[1]:
+        assert re.search(rf"/8 is damaged: .*{problem}", found["damaged"][kind])
+        assert found["damaged"][kind].endswith("restore step=4, the newest one that verifies")
+
+
+def test_a_full_disk_loses_nothing_saved_before(job):
+    for found in job[1]:
+        assert re.search(r"full/2 could not be saved .*; steps saved before are as they were: 1\.", found["full disk"])
+
+
 def test_a_configuration_that_differs_is_refused(job):
-    for found in job[2]:
+    for found in job[1]:
         assert found["facts"].startswith("rate differs between processes: 0.1 on process 0")
         assert "0.2 on process 1" in found["facts"]
 
 
 def test_copies_that_differ_name_leaf_and_host(job):
-    for found in job[2]:
+    for found in job[1]:
         assert found["copies"].startswith("layer/kernel: its copies are no longer the same; checksum ")
         assert f"on process 0 ({socket.gethostname()})" in found["copies"]
         assert f"on process 1 ({socket.gethostname()})" in found["copies"]
 
 
 def test_who_is_late_is_named(job):
-    first, second = job[2]
+    first, second = job[1]
     assert "waited 0.5 s for all processes at: a test; process 1 (" in first["late"]
     assert first["late"].endswith("did not come")
     assert second["late"] is None
 
 
-def test_a_straggler_is_named(job):
-    first, second = job[2]
-    expected = r"process 0 has waited \d s while computing step 7: process 1 \(.*\) is still reading the data of step 7"
-    assert re.fullmatch(expected, first["watched"])
-    assert second["watched"] is None
+@pytest.mark.parametrize(
+    ("kind", "late"), [("slow", "is still reading the data of step 7"), ("silent", "stopped answering")]
+)
+def test_a_straggler_is_named(job, kind, late):
+    first, second = job[1]
+    assert re.fullmatch(rf"process 0 has waited \d s while computing step 7: process 1 \(.*\) {late}", first[kind])
+    assert second[kind] is None

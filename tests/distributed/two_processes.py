@@ -1,21 +1,25 @@
-"""What each of two processes does in `test_processes.py`: `two_processes.py PORT INDEX FOLDER ALGORITHM`."""
+"""What each of two processes does in `test_processes.py`: `two_processes.py PORT INDEX FOLDER NAMES`."""
 
+import contextlib
 import json
+import resource
 import sys
 import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import processes
 from experiments.agreement import check_copies
-from experiments.configs.bytes_lm import EXPERIMENT
 from experiments.machines import Machines
 from experiments.train import train
 from experiments.variant import Variant
+from sparsejax.checkpoint import Checkpointer, CheckpointError, DamagedCheckpointError
+from sparsejax.masks.paths import map_with_names
 
 
 def message(error: type[Exception], function, *arguments) -> str | None:
@@ -50,31 +54,89 @@ def late() -> str | None:
     return message(processes.LateError, processes.barrier, "a test", 0.5)
 
 
-def watched() -> str | None:
-    """The second process reads data for long, while the first one waits for it in a step."""
-    said = []
-    with processes.Watch(1.0, interval=0.1, end=said.append) as watch:
-        first = jax.process_index() == 0
+def watched(answers: bool) -> str | None:
+    """The second process reads data for long, or no longer answers, while the first one waits for it in a step."""
+    said, first = [], jax.process_index() == 0
+    watch = processes.Watch(2.0 if answers else 8.0, interval=0.2, end=said.append)
+    with watch if first or answers else contextlib.nullcontext():
         watch.doing(processes.STEPPING if first else processes.READING, 7)
-        time.sleep(2.5)
+        time.sleep(4)
     return said[0] if said else None
 
 
-def main(port: str, index: str, folder: str, name: str) -> None:
+MASK = "opt_state/masks/blocks/0/up/kernel"
+
+
+def with_mask(state, change):
+    """A state of which one mask is another one."""
+    return map_with_names(lambda name, leaf: change(leaf) if name == MASK else leaf, state)
+
+
+def damaged(variant: Variant, run: Path, folder: Path) -> dict[str, str | None]:
+    """What a joint restore says of a step that was damaged, the one before it being whole."""
+    like = variant.abstract_state()
+    with Checkpointer(run / "checkpoints") as checkpoints:
+        state = checkpoints.restore({"train": like, "training_flops": 0})["train"]
+    with variant.layout.context():
+        flipped = with_mask(state, jax.jit(lambda mask: mask.at[0, 0].set(~mask[0, 0])))
+        widened = with_mask(state, jax.jit(lambda mask: mask.astype(jnp.int8)))
+    without = state._replace(opt_state=state.opt_state._replace(masks=None))
+    found = {}
+    for kind, second in {"truncated": state, "bit": flipped, "dtype": widened, "no masks": without}.items():
+        with Checkpointer(folder / kind) as checkpoints:
+            checkpoints.save(4, state)
+            checkpoints.save(8, second)
+        if jax.process_index() == 0 and kind == "truncated":
+            for path in (folder / kind / "8").rglob("d/*"):
+                path.write_bytes(path.read_bytes()[:-100])
+        if jax.process_index() == 0 and kind == "bit":  # under the checksums of the masks before
+            metadata = [folder / kind / step / "_CHECKPOINT_METADATA" for step in ("4", "8")]
+            old, new = (json.loads(path.read_text()) for path in metadata)
+            new["custom_metadata"]["sparsejax"] = old["custom_metadata"]["sparsejax"]
+            metadata[1].write_text(json.dumps(new))
+        processes.barrier("a test", 60)
+        with Checkpointer(folder / kind) as checkpoints:
+            found[kind] = message(DamagedCheckpointError, checkpoints.restore, like)
+    return found
+
+
+def full_disk(variant: Variant, folder: Path) -> str | None:
+    """Files cannot grow past 8 KiB when the second of two steps is saved."""
+    state = {"train": variant.first_state(0), "more": variant.first_state(1)}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Checkpointer(folder / "full") as checkpoints:
+        checkpoints.save(1, state)
+        checkpoints.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+        checkpoints.save(2, state)
+        said = message(CheckpointError, checkpoints.wait)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with Checkpointer(folder / "full") as checkpoints:
+        checkpoints.restore(state)
+        assert checkpoints.latest_step == 1
+    return said
+
+
+def main(port: str, index: str, folder: str, names: str) -> None:
     machines = Machines((2, 2, 2), coordinator=f"127.0.0.1:{port}", processes=2, process=int(index), patience=120)
     machines.start()
     layout = machines.layout()
-    config = tiny.config()
-    variant = Variant(EXPERIMENT, config, name, EXPERIMENT.task(config), layout)
-    began = time.time()
-    train(variant, Path(folder), 0, resume=False, progress=False, machines=machines)
-    found = {"seconds": time.time() - began}
+    found, folder = {"seconds": {}}, Path(folder)
+    for name in names.split(","):
+        began = time.time()
+        variant = tiny.variant(name, layout)
+        train(variant, folder / name, 0, resume=False, progress=False, machines=machines)
+        found["seconds"][name] = time.time() - began
     facts = {"seed": 3, "rate": 0.1 if index == "0" else 0.2}
     found["facts"] = message(processes.DisagreementError, processes.agree, facts, 20.0)
     found["copies"] = differing_copies(layout.mesh)
-    found["watched"] = watched()
+    found["slow"], found["silent"] = watched(True), watched(False)
+    began = time.time()
+    found["damaged"] = damaged(variant, folder / name, folder)
+    found["seconds"]["damaged"] = time.time() - began
+    found["full disk"] = full_disk(variant, folder)
     found["late"] = late()
-    (Path(folder) / f"found{index}.json").write_text(json.dumps(found))
+    (folder / f"found{index}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
