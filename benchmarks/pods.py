@@ -65,24 +65,34 @@ def row(config: Config, target: Target) -> dict:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """FLOPs and bytes of a chip over densities and over numbers of chips."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    """What a chip computes, holds and exchanges, over densities and over numbers of chips."""
+    figure, axes = plt.subplots(1, 4, figsize=(14, 3.4), layout="constrained")
     over_density = [r for r in rows if r["target"] == "v5e:16x16" and r["windows"] == 256]
     over_density.sort(key=lambda r: r["density"])
-    for name, label in (("tflops", "TFLOP"), ("collective_mib", "MiB exchanged"), ("state_gib", "GiB of state")):
+    shown = {"tflops": "FLOPs", "collective_mib": "bytes exchanged", "state_gib": "bytes of state"}
+    for name, label in shown.items():
         full = over_density[-1][name]
         axes[0].plot([r["density"] for r in over_density], [r[name] / full for r in over_density], "o-", label=label)
-    axes[0].set(xlabel="density of the MLPs", ylabel="of density 1, a chip and step", xscale="log")
-    axes[0].legend()
+    axes[0].set(xlabel="density of the MLPs (256 chips)", ylabel="of density 1", xlim=(0, 1.05), ylim=(0, 1.05))
     scaled = [r for r in rows if r["density"] == BASE.density and r["target"].startswith("v5e")]
     weak = sorted((r for r in scaled if r["windows"] == r["chips"]), key=lambda r: r["chips"])
     strong = sorted((r for r in scaled if r["windows"] == STRONG), key=lambda r: r["chips"])
-    for axis, name, label in ((axes[1], "tflops", "TFLOP a chip"), (axes[2], "collective_mib", "MiB exchanged a chip")):
-        for cases, title in ((weak, "weak: a window a chip"), (strong, f"strong: {STRONG} windows")):
-            axis.plot([r["chips"] for r in cases], [r[name] for r in cases], "o-", label=title)
-        axis.set(xlabel="chips (v5e)", ylabel=f"{label} and step", xscale="log", yscale="log")
+    chips = [r["chips"] for r in weak]
+    shown = {
+        "tflops": "TFLOP a step",
+        "temporary_gib": "temporary memory, GiB",
+        "collective_mib": "MiB exchanged a step",
+    }
+    for axis, (name, label) in zip(axes[1:], shown.items(), strict=True):
+        axis.plot(chips, [r[name] for r in weak], "o-", label="weak: a window a chip")
+        axis.plot([r["chips"] for r in strong], [r[name] for r in strong], "s--", label=f"strong: {STRONG} windows")
+        axis.set(xlabel="chips (v5e)", ylabel=f"{label}, a chip", xscale="log")
+        axis.set_ylim(bottom=0)
+        axis.set_xticks(chips, map(str, chips))
+        axis.minorticks_off()
+    for axis in axes[:2]:
         axis.legend()
-    figure.suptitle("byte_pod, from the compiler, not measured")
+    figure.suptitle(f"byte_pod, density {BASE.density} where not said otherwise; from the compiler, not measured")
     figure.savefig(path, dpi=120)
 
 

@@ -19,6 +19,11 @@ class Chip:
     memory: int
     flops: float
 
+    @property
+    def platform(self) -> str:
+        """`tpu` or `gpu`."""
+        return "tpu" if self.kind.startswith("TPU") else "gpu"
+
 
 CHIPS = (
     Chip("v4", "TPU v4", 32 * 2**30, 275e12),

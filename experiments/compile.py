@@ -3,10 +3,12 @@
     python -m experiments compile NAME --target v5p:8x8x8 --mesh 64 8 1 [--json FILE] [--field value ...]
 
 NAME is an experiment, whose first algorithm is compiled, or byte_pod, a byte transformer with stored blocks and sparse
-attention (`experiments/models/byte_pod.py`). Needs libtpu: pip install 'sparsejax[aot-tpu]'.
+attention (`experiments/models/byte_pod.py`). Targets are slices of TPUs, such as v5e:16x16, which need libtpu: pip
+install 'sparsejax[aot-tpu]'; and numbers of GPUs, h200:8, which need JAX's CUDA wheels: 'sparsejax[aot-gpu]'.
 """
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -17,15 +19,17 @@ from pathlib import Path
 
 from experiments.chips import CHIPS, Chip
 from experiments.experiment import UsageError
+from pallas_kernels import aot
 
 BYTE_POD = "byte_pod"
+GPUS = 8  # of one machine
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
     """Where to compile for; figures on FLOPs and bytes are for one step."""
 
-    # kind and shape of the slice, such as v5e:16x16, v5p:8x8x8 or v6e:4x4
+    # kind and shape of the slice, such as v5e:16x16, v5p:8x8x8 or v6e:4x4; or GPUs, h200:8
     target: str
     # devices along data, fsdp and tensor; one of them may be -1 for all that are left
     mesh: tuple[int, int, int] = (-1, 1, 1)
@@ -45,12 +49,28 @@ def parse_target(target: str) -> tuple[Chip, int]:
         ('v5p', 512)
     """
     name, _, shape = target.partition(":")
-    chip = next((chip for chip in CHIPS if chip.name == name and chip.name.startswith("v")), None)
+    chip = next((chip for chip in CHIPS if chip.name == name), None)
     sides = shape.split("x")
-    if chip is None or not all(side.isdigit() and int(side) for side in sides):
-        known = ", ".join(chip.name for chip in CHIPS if chip.name.startswith("v"))
-        raise UsageError(f"target is {target!r}; give a kind ({known}) and a shape, such as v5e:16x16 or v5p:8x8x8")
-    return chip, math.prod(map(int, sides))
+    if chip is not None and all(side.isdigit() and int(side) for side in sides):
+        count = math.prod(map(int, sides))
+        if chip.platform == "tpu" or (len(sides) == 1 and (count < GPUS or count % GPUS == 0)):
+            return chip, count
+    known = ", ".join(chip.name for chip in CHIPS)
+    raise UsageError(
+        f"target is {target!r}; give a kind ({known}) and a shape, such as v5e:16x16 or v5p:8x8x8; of GPUs a number, "
+        f"up to {GPUS} or a multiple of that, such as h200:8"
+    )
+
+
+def _devices(target: str):
+    """The devices of a target, as the compiler describes them."""
+    from jax.experimental import topologies
+
+    chip, count = parse_target(target)
+    if chip.platform == "tpu":
+        return topologies.get_topology_desc(platform="tpu", topology_name=target).devices
+    shape = f"1x{-(-count // GPUS)}x{min(count, GPUS)}"
+    return topologies.get_topology_desc("", platform="cuda", target_config=aot.H200, topology=shape).devices
 
 
 def compile_for(name: str, config, target: Target, *, timeout: float = 1800) -> dict:
@@ -66,22 +86,19 @@ def compile_for(name: str, config, target: Target, *, timeout: float = 1800) -> 
         The figures, as `render` prints them.
 
     Raises:
-        UsageError: libtpu is missing, or the compiler refuses; with its reason.
+        UsageError: the compiler is not installed, or refuses; with its reason.
     """
-    parse_target(target.target)
-    import importlib.util
-
-    if importlib.util.find_spec("libtpu") is None:
-        raise UsageError("compiling for TPU needs libtpu: pip install 'sparsejax[aot-tpu]'")
+    chip, _ = parse_target(target.target)
+    lacking = aot.missing("h200") if chip.platform == "gpu" else None
+    if chip.platform == "tpu" and importlib.util.find_spec("libtpu") is None:
+        lacking = "compiling for TPU needs libtpu: pip install 'sparsejax[aot-tpu]'"
+    if lacking:
+        raise UsageError(lacking)
     job = {"name": name, "config": dataclasses.asdict(config), "target": dataclasses.asdict(target)}
-    environment = {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
     command = [sys.executable, "-m", "experiments.compile", json.dumps(job)]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(
+        command, env=os.environ | aot.environment(chip.name), capture_output=True, text=True, timeout=timeout
+    )
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         raise UsageError(f"{name} does not compile for {target.target}: {_reason(done.stderr)}")
@@ -99,7 +116,6 @@ def _reason(errors: str) -> str:
 def _work(job: dict) -> None:
     """The process that compiles: prints one line of JSON."""
     import numpy as np
-    from jax.experimental import topologies
     from jax.sharding import AxisType, Mesh
 
     from experiments.sharding import MESH_AXES, fill_mesh
@@ -107,7 +123,7 @@ def _work(job: dict) -> None:
 
     target = Target(**{**job["target"], "mesh": tuple(job["target"]["mesh"])})
     chip, _ = parse_target(target.target)
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=target.target).devices
+    devices = _devices(target.target)
     shape = fill_mesh(target.mesh, len(devices))
     mesh = Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     began = time.perf_counter()
@@ -164,6 +180,7 @@ def _byte_pod(job: dict, mesh):
     from sparsejax.masks.paths import named_leaves
 
     config = byte_pod.Config(**job["config"])
+    chip, _ = parse_target(job["target"]["target"])
     layout = byte_pod.layout_on(mesh, present=False)
     rows = config.rows_per_device * mesh.size
     params = jax.eval_shape(lambda: byte_pod.init(config, jax.random.key(0), mesh.shape["fsdp"]))
@@ -175,7 +192,9 @@ def _byte_pod(job: dict, mesh):
 
     tokens = jax.ShapeDtypeStruct((rows, config.length + 1), jnp.int32, sharding=layout.sharding(byte_pod.BATCH))
     step = jax.jit(
-        byte_pod.make_step(config, layout, "tpu"), donate_argnums=(0, 1), out_shardings=(*placed, layout.sharding())
+        byte_pod.make_step(config, layout, chip.platform),
+        donate_argnums=(0, 1),
+        out_shardings=(*placed, layout.sharding()),
     )
     with layout.context():
         traced = step.trace(put(params, placed[0]), put(opt_state, placed[1]), tokens)
@@ -255,7 +274,9 @@ def render(figures: dict) -> str:
         lines.append(f"    {kind:18} {calls:6} times, {size / 2**20:.3f} MiB")
     for kind, (calls, size) in sorted((figures["open_collectives"] or {}).items()):
         lines.append(f"    {kind:18} {calls:6} times in each pass of a search, {size} bytes")
-    lines.append(f"  scalar memory      {figures['kernel_scalar_bytes'] / 2**10:.0f} KiB in the kernel that takes most")
+    if parse_target(figures["target"])[0].platform == "tpu":
+        scalars = figures["kernel_scalar_bytes"] / 2**10
+        lines.append(f"  scalar memory      {scalars:.0f} KiB in the kernel that takes most")
     lines.append("from the compiler, not measured")
     return "\n".join(lines)
 

@@ -13,6 +13,7 @@ _OPERATION = re.compile(r"(?:^|[\s)}])([a-z][\w\-]*)\(")
 _ARRAY = re.compile(r"\b(pred|token|bf16|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
 _CALLED = re.compile(r"\b(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_CHAIN = re.compile(r'\bchain_id="(\d+)"')
 _CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
 _COUNT = re.compile(r"^s32\[\]\S* constant\((\d+)\)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
@@ -54,6 +55,7 @@ def traffic(text: str) -> Traffic:
     """
     computations, entry = _computations(text)
     found = Traffic(Counter(), Counter(), Counter(), Counter())
+    chains = set()  # libtpu writes one operation three times: where it starts, what runs beside it, where it ends
 
     def walk(name: str, times: int, open_loop: bool) -> None:
         for line in computations.get(name, ()):
@@ -63,6 +65,11 @@ def traffic(text: str) -> Traffic:
             word = operation.group(1)
             kind = next((kind for kind in KINDS if word in (kind, f"{kind}-start")), None)
             if kind is not None:
+                chain = _CHAIN.search(line)
+                if chain and chain.group(1) in chains:
+                    continue
+                if chain:
+                    chains.add(chain.group(1))
                 size = _result_bytes(line[: operation.start(1)], kind, word.endswith("-start"))
                 calls, sizes = (found.open_calls, found.open_bytes) if open_loop else (found.calls, found.bytes)
                 calls[kind] += times

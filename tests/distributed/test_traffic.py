@@ -55,6 +55,26 @@ def test_loops_count_as_often_as_they_run():
     assert (found.calls["all-reduce"], found.bytes["all-reduce"]) == (5, 5 * 16 * 4)
 
 
+def test_an_operation_spread_over_fusions_counts_once():
+    """As libtpu writes one that runs beside others: in the fusion that starts it, and in the one that ends it."""
+    gather = "all-gather(%p), channel_id=1, dimensions={0}"
+    chained = f'{gather}, frontend_attributes={{chain_id="7"}}'
+    text = f"""
+%start (p: f32[4]) -> f32[8] {{
+  ROOT %a = f32[8]{{0}} {chained}
+}}
+%end (p: f32[4]) -> f32[8] {{
+  ROOT %a = f32[8]{{0}} {chained}
+}}
+ENTRY %main (p: f32[4]) -> f32[8] {{
+  %p = f32[4]{{0}} parameter(0)
+  %b = f32[8]{{0}} fusion(%p), kind=kCustom, calls=%start
+  %c = f32[8]{{0}} fusion(%p), kind=kCustom, calls=%end
+  ROOT %d = f32[8]{{0}} {gather}
+}}"""
+    assert dict(traffic(text).bytes) == {"all-gather": 2 * 32}
+
+
 def test_flops_of_the_trace_are_those_of_an_unrolled_program():
     """A scan over six layers and its gradient: the compiler counts the unrolled loop alike."""
 
@@ -73,7 +93,8 @@ def test_flops_of_the_trace_are_those_of_an_unrolled_program():
 
 def test_targets_and_meshes_that_do_not_exist_are_refused():
     assert parse_target("v5e:16x16")[1] == 256
-    for target in ("v5", "v5p", "v5p:8by8", "h200:8"):
+    assert parse_target("h200:16")[1] == 16
+    for target in ("v5", "v5p", "v5p:8by8", "h200:4x2", "h200:12"):
         with pytest.raises(UsageError, match=f"target is '{target}'; give a kind .* such as v5e:16x16"):
             parse_target(target)
     with pytest.raises(UsageError, match=r"mesh is \(3, -1, 1\), which does not fit 8 devices"):
