@@ -3,7 +3,8 @@
 PAPER:    "A Large Convolutional Neural Network for Clinical Target and Multi-organ Segmentation in Gynecologic
           Brachytherapy with Multi-stage Learning" (GynBTNet), 2025, arXiv 2506.01073
 COMMAND:  python -m experiments run volumes
-CLAIM:    stages of training that need no labels, or labels of something else, help where labels of the target are few
+CLAIM:    stages of training that need no labels, or labels of something else, help where labels of the target are few;
+          this study measures it on synthetic volumes, no figures of it are kept yet
 """
 
 import dataclasses
@@ -53,7 +54,7 @@ class Config:
     # held-out volumes
     heldout: int = 40
     # optimizer steps of each stage: pre-training, organs, target
-    steps: tuple[int, int, int] = (150, 80, 60)
+    steps: tuple[int, int, int] = (100, 60, 40)
     # volumes in a step
     batch_size: int = 8
     # peaks of the learning rates of the stages

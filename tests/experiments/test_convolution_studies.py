@@ -179,9 +179,3 @@ def test_wafers_at_full_resolution_are_recognised(tmp_path):
     full, *binned = wafers.run(config, progress=False)["recognition"]
     assert full["accuracy"] > max(row["accuracy"] for row in binned)
     assert full["AUROC mixture"] > max(full["AUROC softmax"], full["AUROC energy"]) + 5
-
-
-@pytest.mark.slow
-def test_stages_before_the_target_help(tmp_path):
-    scratch, *_, last = volumes.run(volumes.Config(output=str(tmp_path)), progress=False)["dice"]
-    assert last["Dice of the target"] > scratch["Dice of the target"]
