@@ -13,6 +13,7 @@ from sparsejax.convolution.masked import random_patch_mask as random_patch_mask
 from sparsejax.convolution.norms import masked_batch_norm as masked_batch_norm
 from sparsejax.convolution.norms import masked_group_norm as masked_group_norm
 from sparsejax.convolution.norms import masked_layer_norm as masked_layer_norm
+from sparsejax.convolution.norms import sites_group_norm as sites_group_norm
 from sparsejax.convolution.plan import ConvPlan as ConvPlan
 from sparsejax.convolution.plan import conv_plan as conv_plan
 from sparsejax.convolution.site_conv import sites_global_pool as sites_global_pool

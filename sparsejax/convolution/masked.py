@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax.convolution.shapes import output_shape, pads, per_dimension
+from sparsejax.masks.select import select_top
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("mask",), meta_fields=())
@@ -73,8 +74,8 @@ def random_patch_mask(key: jax.Array, samples: int, grid: Sequence[int], kept: i
     size = math.prod(grid)
     if not 0 <= kept <= size:
         raise ValueError(f"kept is {kept}; allowed are 0 to {size}, the patches of {tuple(grid)}")
-    rank = jnp.argsort(jnp.argsort(jax.random.uniform(key, (samples, size)), axis=1), axis=1)
-    return SiteMask((rank < kept).reshape(samples, *grid))
+    noise = jax.random.uniform(key, (samples, *grid))
+    return SiteMask(jax.vmap(lambda scores: select_top(scores, kept))(noise))
 
 
 def masked_conv(

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax.convolution.masked import SiteMask
+from sparsejax.convolution.sites import Sites
 
 
 def masked_batch_norm(
@@ -115,6 +116,55 @@ def masked_group_norm(
     centred = jnp.where(there, clean - jnp.sum(clean, axis=axes, keepdims=True) / number, 0)
     y = centred * jax.lax.rsqrt(jnp.sum(centred**2, axis=axes, keepdims=True) / number + epsilon)
     return jnp.where(there[..., 0], _scaled(y.reshape(x.shape), scale, bias), 0).astype(x.dtype)
+
+
+def sites_group_norm(
+    sites: Sites,
+    groups: int,
+    *,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    epsilon: float = 1e-6,
+) -> jax.Array:
+    """Group norm of every sample over its sites and the channels of each group: `masked_group_norm` for sites.
+
+    Args:
+        sites: the sites.
+        groups: must divide the channels.
+        scale: float (channels,), or None.
+        bias: float (channels,), or None.
+        epsilon: added to the variance.
+
+    Returns:
+        (capacity, channels) in the dtype of the features; zeros in empty rows.
+
+    Raises:
+        ValueError: `groups` does not divide the channels.
+
+    Example:
+        >>> from sparsejax.convolution.sites import from_mask
+        >>> x = jnp.array([1.0, 3.0, jnp.nan, 5.0]).reshape(2, 2, 1)
+        >>> sites = from_mask(x, ~jnp.isnan(x[..., 0]), capacity=4)
+        >>> sites_group_norm(sites, 1).round(3)[:, 0].tolist()
+        [-1.0, 1.0, 0.0, 0.0]
+    """
+    channels = sites.feats.shape[1]
+    if groups < 1 or channels % groups:
+        raise ValueError(f"groups is {groups}; it must divide the {channels} channels")
+    feats = sites.feats.astype(jnp.promote_types(sites.feats.dtype, jnp.float32))
+    split = feats.reshape(-1, groups, channels // groups)
+
+    def mean(values):
+        """Of each sample and group, at its sites."""
+        total = jnp.zeros((sites.batch_size, groups), feats.dtype)
+        total = total.at[sites.batch].add(jnp.sum(values, axis=-1), mode="drop", indices_are_sorted=True)
+        number = jnp.zeros(sites.batch_size, feats.dtype).at[sites.batch].add(1, mode="drop", indices_are_sorted=True)
+        means = total / jnp.maximum(number * split.shape[-1], 1)[:, None]
+        return jnp.take(means, sites.batch, axis=0, mode="fill", fill_value=0)[..., None]
+
+    centred = jnp.where(sites.used[..., None], split - mean(split), 0)
+    y = _scaled((centred * jax.lax.rsqrt(mean(centred**2) + epsilon)).reshape(feats.shape), scale, bias)
+    return jnp.where(sites.used, y, 0).astype(sites.feats.dtype)
 
 
 def _active(mask, x) -> jax.Array:

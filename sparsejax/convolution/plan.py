@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import jax
 
+from pallas_kernels.sparse_conv import native
 from sparsejax.convolution.shapes import per_dimension
 
 
@@ -37,7 +38,8 @@ def conv_plan(
 ) -> ConvPlan:
     """Chooses the engine; it never runs one, and no engine switches to another by itself.
 
-    The borders between engines are estimates for forward passes in 2-D on CPU, not measured with these engines.
+    On CPU times are estimated from how many products an engine computes and from what one costs, as measured by
+    benchmarks/convolution.py. On GPU and TPU the borders are not measured.
 
     Args:
         density: fraction of sites that is active.
@@ -55,9 +57,9 @@ def conv_plan(
         ValueError: `density` is not in [0, 1].
 
     Example:
-        >>> print(conv_plan(0.01, shape=(512, 512), kernel=3, channels=32, backend="cpu"))
+        >>> print(conv_plan(0.01, shape=(512, 512), kernel=3, channels=32, backend="gpu"))
         sites: at density 0.01 work that follows the sites is least
-        >>> print(conv_plan(0.9, shape=(512, 512), kernel=3, channels=32, backend="cpu"))
+        >>> print(conv_plan(0.9, shape=(512, 512), kernel=3, channels=32, backend="gpu"))
         masked: at density 0.9 gathering costs more than the zeros that it saves
     """
     if not 0 <= density <= 1:
@@ -71,15 +73,33 @@ def conv_plan(
         if density < 0.02 and backend != "tpu":
             return ConvPlan("sites", f"{at} even a grouped convolution, which waits for memory, gains from few sites")
         return ConvPlan("masked", "a grouped convolution waits for memory, and gathering moves more of it")
-    if tile is not None:
-        size = per_dimension("tile", tile, dims)
-        halo = math.prod((t + k - 1) / t for t, k in zip(size, sides, strict=True))
-        if density >= 0.02 and density * halo <= 0.6:
-            return ConvPlan("tiles", f"{at} tiles of {size} with their halo read {density * halo:.2g} of the array")
+    size = None if tile is None else per_dimension("tile", tile, dims)
+    halo = 1.0 if size is None else math.prod((t + k - 1) / t for t, k in zip(size, sides, strict=True))
+    if backend == "cpu":
+        costs = _cpu_costs(density, dims, math.prod(sides), None if size is None else halo)
+        engine = min(costs, key=costs.get)
+        others = ", ".join(f"{name} {cost:.2g}" for name, cost in costs.items())
+        return ConvPlan(engine, f"{at} estimated times are {others}")
+    if size is not None and density >= 0.02 and density * halo <= 0.6:
+        return ConvPlan("tiles", f"{at} tiles of {size} with their halo read {density * halo:.2g} of the array")
     if backend == "tpu" and (channels % 128 or density > 0.1):
         return ConvPlan("masked", "on TPU gathering rows pays only for few sites and multiples of 128 channels")
-    # XLA's convolution in three dimensions on CPU is an order of magnitude slower than in two.
-    border = 0.4 if backend == "cpu" and dims > 2 else 0.2
-    if density <= border:
+    if density <= 0.2:
         return ConvPlan("sites", f"{at} work that follows the sites is least")
     return ConvPlan("masked", f"{at} gathering costs more than the zeros that it saves")
+
+
+# Times of the same products on a CPU, that of `masked_conv` being 1: over rows, in two dimensions and in more, where
+# XLA's is far longer; over rows without the C++ kernel, in times of those with it; over tiles.
+_ROWS_FLAT, _ROWS_SOLID, _ROWS_BY_XLA, _TILES = 0.8, 0.25, 9.0, 3.0
+
+
+def _cpu_costs(density: float, dims: int, taps: int, halo: float | None) -> dict[str, float]:
+    """Estimated times of the engines."""
+    rows = _ROWS_FLAT if dims < 3 else _ROWS_SOLID
+    if native.unavailable() is not None:
+        rows *= _ROWS_BY_XLA
+    # Neighbours of a site in an active tile are active, nearly all; those of scattered ones as often as any.
+    present = density if halo is None else 1.0
+    costs = {"masked": 1.0, "sites": rows * density * (1 + (taps - 1) * present) / taps}
+    return costs if halo is None else costs | {"tiles": _TILES * density * halo}

@@ -6,6 +6,7 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.sparse_conv import native
 from sparsejax.convolution import (
     SiteMask,
     from_mask,
@@ -140,4 +141,9 @@ def listed(p, x, weights, implementation=None):
     return jnp.where(SiteMask(p.coarse).at(dense.shape[1:-1])[..., None], dense, 0)
 
 
-ENGINES = {"masked": masked, "tiles": tiled, "sites": listed}
+def listed_by_xla(p, x, weights):
+    return listed(p, x, weights, "xla")
+
+
+ENGINES = {"masked": masked, "tiles": tiled, "sites": listed, "sites by XLA": listed_by_xla}
+COMPILER = native.unavailable() is None

@@ -44,6 +44,7 @@ def compare(p, engine, *, reference=False, tolerance=1e-5):
 
 QUICK = ("1-D, side 5", "2-D, strided")
 SLOW_BUT_SITES = [e if e == "sites" else pytest.param(e, marks=pytest.mark.slow) for e in ENGINES]
+GEOMETRIES = [(1, 3), (1, 5), (2, 1), (2, 2), (2, 3), (3, 3)]
 
 
 @pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
@@ -99,20 +100,23 @@ def test_translation_moves_the_result_and_borders_are_zeros(engine):
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=15)
+@pytest.mark.parametrize("engine", ENGINES)
+@settings(deadline=None, max_examples=12)
 @given(
-    st.sampled_from(list(ENGINES)),
-    st.sampled_from([(1, 3), (2, 2), (2, 3), (1, 5)]),
+    st.sampled_from(GEOMETRIES),
     st.integers(1, 2),
+    st.integers(1, 2),
+    st.sampled_from([(2, 3, 1), (4, 6, 2), (3, 3, 3)]),
     st.sampled_from([0.1, 0.5, 0.9]),
     st.integers(0, 10**6),
 )
-def test_engines_on_random_problems(engine, geometry, stride, density, seed):
+def test_engines_on_random_problems(engine, geometry, stride, dilation, features, density, seed):
     dims, kernel = geometry
     if kernel % 2 == 0:
-        stride = 2
-    p = problem(dims, kernel, stride, density=density, inputs=2, outputs=2, seed=seed)
-    compare(p, ENGINES[engine])
+        stride, dilation = 2, 1
+    inputs, outputs, groups = features
+    sizes = {"inputs": inputs, "outputs": outputs, "groups": groups, "density": density, "seed": seed}
+    compare(problem(dims, kernel, stride, dilation, tile=4 if dims < 3 else 2, **sizes), ENGINES[engine])
 
 
 def test_mask_of_every_stage_is_the_coarse_one_repeated():
@@ -127,15 +131,31 @@ def test_mask_of_every_stage_is_the_coarse_one_repeated():
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("stride", [1, 2])
-def test_engines_equal_torch(stride):
+@pytest.mark.parametrize(("dims", "stride"), [(2, 1), (2, 2), (3, 2)])
+def test_engines_equal_torch(dims, stride):
     import torch
 
-    p = problem(dims=2, kernel=3, stride=stride)
-    x = torch.from_numpy(np.nan_to_num(np.asarray(p.x)).transpose(0, 3, 1, 2).copy())
-    weights = torch.from_numpy(np.asarray(p.weights).transpose(3, 2, 0, 1).copy())
+    p = problem(dims=dims, kernel=3, stride=stride, tile=4 if dims == 2 else 2)
+    x = torch.from_numpy(np.moveaxis(np.nan_to_num(np.asarray(p.x)), -1, 1).copy())
+    weights = torch.from_numpy(np.moveaxis(np.asarray(p.weights), (-1, -2), (0, 1)).copy())
     low, high = (0, 1) if stride == 2 else (1, 1)  # "SAME" of an even side
-    x = torch.nn.functional.pad(x, (low, high, low, high))
-    want = torch.nn.functional.conv2d(x, weights, stride=stride).numpy().transpose(0, 2, 3, 1) * p.mask_out[..., None]
+    x = torch.nn.functional.pad(x, (low, high) * dims)
+    conv = {2: torch.nn.functional.conv2d, 3: torch.nn.functional.conv3d}[dims]
+    want = np.moveaxis(conv(x, weights, stride=stride).numpy(), 1, -1) * p.mask_out[..., None]
     for engine in ENGINES.values():
         np.testing.assert_allclose(engine(p, p.x, p.weights), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("dims", [1, 3])
+def test_engines_equal_scipy(dims):
+    from scipy.ndimage import correlate
+
+    p = problem(dims=dims, kernel=3, tile=4 if dims == 1 else 2, inputs=2, outputs=2)
+    x, weights = np.nan_to_num(np.asarray(p.x, np.float64)), np.asarray(p.weights, np.float64)
+    want = np.zeros((*x.shape[:-1], 2))
+    for b, i, o in np.ndindex(len(x), 2, 2):
+        want[b, ..., o] += correlate(x[b, ..., i], weights[..., i, o], mode="constant")
+    for engine in ENGINES.values():
+        got = engine(p, p.x, p.weights)
+        np.testing.assert_allclose(got, want * p.mask_out[..., None], rtol=1e-5, atol=1e-5)

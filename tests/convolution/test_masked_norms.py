@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.sparse_conv import native
 from sparsejax.convolution import (
     SiteMask,
     apply_mask,
@@ -19,8 +20,10 @@ from sparsejax.convolution import (
     masked_layer_norm,
     masked_pool,
     random_patch_mask,
+    sites_group_norm,
     tile_conv,
     tile_set,
+    to_dense,
     to_tiles,
 )
 
@@ -85,8 +88,14 @@ def test_layer_and_group_norm():
         mean, variance = rows.mean((0, 2), keepdims=True), rows.var((0, 2), keepdims=True)
         want[sample][mask[sample]] = ((rows - mean) / np.sqrt(variance + 1e-6)).reshape(-1, 6) * scale + bias
     np.testing.assert_allclose(masked_group_norm(x, sites, 2, **affine), want, rtol=1e-4, atol=1e-5)
+    rows = from_mask(x, sites.mask, capacity=48)
+    of_rows = sites_group_norm(rows, 2, **affine)
+    np.testing.assert_allclose(to_dense(rows.with_feats(of_rows)), want, rtol=1e-4, atol=1e-5)
+    assert not np.any(np.asarray(of_rows)[mask.sum() :])
     with pytest.raises(ValueError, match="must divide the 6 channels"):
         masked_group_norm(x, sites, 4)
+    with pytest.raises(ValueError, match="must divide the 6 channels"):
+        sites_group_norm(rows, 4)
 
 
 def test_everything_active_is_the_ordinary_norm():
@@ -136,17 +145,23 @@ def test_layers_on_tiles_without_leaving_them():
         tiles.strided(3)
 
 
-def test_the_planner():
+def test_the_planner(monkeypatch):
     def engine(density, **options):
         return conv_plan(
             density, **({"shape": (128, 128), "kernel": 3, "channels": 32, "backend": "cpu"} | options)
         ).engine
 
-    assert [engine(density) for density in (0.01, 0.1, 0.5, 1.0)] == ["sites", "sites", "masked", "masked"]
-    assert [engine(density, tile=16) for density in (0.01, 0.2, 0.4, 0.9)] == ["sites", "tiles", "tiles", "masked"]
-    assert engine(0.3, shape=(32, 32, 32)) == "sites"
+    monkeypatch.setattr(native, "unavailable", lambda: None)
+    assert [engine(density) for density in (0.01, 0.5, 1.0)] == ["sites"] * 3
+    assert engine(0.1, tile=16) == engine(1.0, shape=(32, 32, 32)) == "sites"
     assert engine(0.1, groups=32) == "masked"
     assert engine(0.9, shape=(20_000, 20_000)) == "sites"
+    monkeypatch.setattr(native, "unavailable", lambda: "no C++ compiler was found")
+    assert [engine(density) for density in (0.01, 0.1, 0.5, 1.0)] == ["sites", "sites", "masked", "masked"]
+    assert [engine(density, tile=16) for density in (0.01, 0.2, 0.4)] == ["tiles", "tiles", "masked"]
+    assert engine(0.3, shape=(32, 32, 32)) == "sites"
+    assert [engine(density, tile=16, backend="gpu") for density in (0.01, 0.2, 0.9)] == ["sites", "tiles", "masked"]
     assert engine(0.05, backend="tpu") == "masked"
+    assert "tiles 0.038" in str(conv_plan(0.01, shape=(64, 64), kernel=3, channels=8, tile=16, backend="cpu"))
     with pytest.raises(ValueError, match="density is 2"):
         engine(2)

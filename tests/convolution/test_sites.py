@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conv_problems import by_hand
+from conv_problems import COMPILER, by_hand
 
 from pallas_kernels.sparse_conv import pair_lists
 from sparsejax import convolution
@@ -91,7 +91,9 @@ def test_points_outside_and_invalid_ones_are_left_out():
 @pytest.mark.parametrize("shape", [(40,), slow((4, 5, 6))])
 def test_all_searches_make_one_map(shape):
     sites = make(shape, 70, count=40)
-    first, *others = (jax.tree.leaves(strided_map(sites, 3, 2, search=s)) for s in ("native", "grid", "bisect"))
+    first, *others = (
+        jax.tree.leaves(strided_map(sites, 3, 2, search=s)) for s in ("native", "grid", "bisect")[not COMPILER :]
+    )
     for other in others:
         for a, b in zip(first, other, strict=True):
             np.testing.assert_array_equal(a, b)
