@@ -5,27 +5,30 @@
     python benchmarks/attention.py --output benchmarks/results/NAME.json      keeps what was measured, piece by piece
 
 Ratios are how many times faster ours is, medians over rounds in which the programs take turns. `x density` multiplies
-by the density: 1 is time exactly in proportion to the tiles. `goal` columns are what is meant to be reached.
+by the density: 1 is time exactly in proportion to the tiles. `goal` columns are what is meant to be reached. All
+processes but those whose memory is measured tell glibc to keep freed memory: otherwise a call takes no page fault or
+thousands of them, by the luck of addresses.
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from measure import machine, report
+from turns import Peer, ratio, seconds, take_turns
 
 from pallas_kernels.block_sparse_attention import block_sparse_attention, explain, from_tiles
 
 DIM = 64
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 TABLES = {
     "torch": "attention in C++ against torch",
     "xla": "attention by XLA alone",
@@ -55,74 +58,8 @@ def skewed_tiles(kind: str, heads: int, blocks: int) -> np.ndarray:
     return np.broadcast_to(tiles, (heads, blocks, blocks))
 
 
-class Peer:
-    """The torch process; without one it knows no functions."""
-
-    def __init__(self, python: str, tokens: int = 0, block: int = 0, masks: dict[str, np.ndarray] | None = None):
-        self.names: list[str] = []
-        self.process = None
-        if python == "none":
-            return
-        heads = next(iter(masks.values())).shape[0]
-        options = {"tokens": tokens, "block": block, "heads": heads, "dim": DIM, "threads": os.cpu_count()}
-        with tempfile.TemporaryDirectory() as folder:
-            np.savez(Path(folder) / "tiles.npz", **masks)
-            command = [python, str(Path(__file__).with_name("attention_peer.py")), "--tiles", f"{folder}/tiles.npz"]
-            for name, value in options.items():
-                command += [f"--{name}", str(value)]
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            self.names = self.read("ready").split(",")
-
-    def read(self, word: str) -> str:
-        """The rest of the next line that begins with `word`."""
-        while line := self.process.stdout.readline():
-            if line.startswith(word + " "):
-                return line[len(word) + 1 :].strip()
-        raise SystemExit("the torch process ended; is torch installed there? Name another interpreter with --peer")
-
-    def seconds(self, name: str) -> float:
-        """Times one function."""
-        self.process.stdin.write(name + "\n")
-        self.process.stdin.flush()
-        return float(self.read("seconds"))
-
-    def close(self) -> None:
-        """Ends the process."""
-        if self.process is not None:
-            self.process.stdin.close()
-            self.process.wait()
-
-
-def seconds(function) -> float:
-    """Median seconds of a function of no arguments, after one untimed call."""
-    jax.block_until_ready(function())
-    timings = []
-    begin = time.perf_counter()
-    while len(timings) < 3 or (time.perf_counter() - begin < 0.1 and len(timings) < 20):
-        start = time.perf_counter()
-        jax.block_until_ready(function())
-        timings.append(time.perf_counter() - start)
-    return statistics.median(timings)
-
-
-def take_turns(ours: dict, peer: Peer, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every function, ours and the peer's, round by round."""
-    timings: dict[str, list[float]] = {name: [] for name in [*peer.names, *ours]}
-    for _ in range(rounds):
-        for name in peer.names:
-            timings[name].append(peer.seconds(name))
-        for name, function in ours.items():
-            timings[name].append(seconds(function))
-    return timings
-
-
-def ratio(timings: dict[str, list[float]], slow: str, fast: str) -> float:
-    """How many times faster `fast` is, the median over rounds."""
-    return statistics.median(a / b for a, b in zip(timings[slow], timings[fast], strict=True))
-
-
-def compiled(implementation: str, tiles: np.ndarray, tokens: int, block: int, gradients: bool):
-    """A function of no arguments that runs attention; lists are arguments of the compiled program."""
+def attention(implementation: str, tiles: np.ndarray, tokens: int, block: int, gradients: bool):
+    """A jitted function that runs attention, and its arguments, lists among them."""
     heads = tiles.shape[0]
     r = np.random.default_rng(0)
     q, k, v, g = (jnp.asarray(r.standard_normal((1, tokens, heads, DIM), dtype=np.float32)) for _ in range(4))
@@ -138,10 +75,15 @@ def compiled(implementation: str, tiles: np.ndarray, tokens: int, block: int, gr
         return (run(q, k, v, lists) * g).sum()
 
     if gradients:
-        step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))).lower(q, k, v, lists, g).compile()
-        return lambda: step(q, k, v, lists, g)
-    step = jax.jit(run).lower(q, k, v, lists).compile()
-    return lambda: step(q, k, v, lists)
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))), (q, k, v, lists, g)
+    return jax.jit(run), (q, k, v, lists)
+
+
+def timed(programs: dict) -> dict:
+    """Functions that return the seconds of jitted functions with their arguments, compiled by now."""
+    # Not `lower(...).compile()`, since a call of what that gives takes a longer way through Python.
+    jax.block_until_ready([step(*arguments) for step, arguments in programs.values()])
+    return {name: lambda x=x: seconds(lambda: x[0](*x[1])) for name, x in programs.items()}
 
 
 def against_torch(tokens: int, block: int, densities: list[float], heads: int, peer: str, rounds: int) -> list[dict]:
@@ -149,10 +91,12 @@ def against_torch(tokens: int, block: int, densities: list[float], heads: int, p
     masks = {str(density): random_tiles(heads, tokens // block, density) for density in densities}
     ours = {}
     for name, tiles in masks.items():
-        ours[f"native {name}"] = compiled("native", tiles, tokens, block, False)
-        ours[f"native both {name}"] = compiled("native", tiles, tokens, block, True)
-    torch = Peer(peer, tokens, block, masks)
-    timings = take_turns(ours, torch, rounds)
+        ours[f"native {name}"] = attention("native", tiles, tokens, block, False)
+        ours[f"native both {name}"] = attention("native", tiles, tokens, block, True)
+    torch = Peer(peer, "attention_peer.py")
+    names = torch.load(block=block, dim=DIM, **masks)
+    functions = {name: lambda name=name: torch.seconds(name) for name in names}
+    timings = take_turns(functions | timed(ours), rounds)
     torch.close()
     rows = []
     for name, tiles in masks.items():
@@ -180,13 +124,13 @@ def xla_alone(tokens: int, block: int, densities: list[float], heads: int, round
     kinds = {f"equal {density}": random_tiles(heads, blocks, density) for density in densities}
     kinds |= {kind: skewed_tiles(kind, heads, blocks) for kind in ("causal", "window+global", "zipf")}
     q, k, v = jax.random.normal(jax.random.key(0), (3, 1, tokens, heads, DIM))
-    dense = jax.jit(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, implementation="xla"))
+    dense = jax.jit(functools.partial(jax.nn.dot_product_attention, implementation="xla"))
     ours = {
-        "full": compiled("xla", np.ones((heads, blocks, blocks), bool), tokens, block, False),
-        "dense": lambda: dense(q, k, v),
+        "full": attention("xla", np.ones((heads, blocks, blocks), bool), tokens, block, False),
+        "dense": (dense, (q, k, v)),
     }
-    ours |= {kind: compiled("xla", tiles, tokens, block, False) for kind, tiles in kinds.items()}
-    timings = take_turns(ours, Peer("none"), rounds)
+    ours |= {kind: attention("xla", tiles, tokens, block, False) for kind, tiles in kinds.items()}
+    timings = take_turns(timed(ours), rounds)
     rows = []
     for kind, tiles in kinds.items():
         real, full = float(tiles.mean()), ratio(timings, "full", kind)
@@ -208,7 +152,8 @@ def xla_alone(tokens: int, block: int, densities: list[float], heads: int, round
 def peak_of_one(implementation: str, tokens: int, block: int, heads: int, each: int) -> None:
     """Prints by how many bytes one call with gradients raises the memory of this process at its peak."""
     tiles = random_tiles(heads, tokens // block, each * block / tokens)
-    step = compiled(implementation, tiles, tokens, block, True)
+    program, arguments = attention(implementation, tiles, tokens, block, True)
+    step = program.lower(*arguments).compile()
 
     def status(name: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -216,7 +161,7 @@ def peak_of_one(implementation: str, tokens: int, block: int, heads: int, each: 
 
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     before = status("VmRSS")
-    jax.block_until_ready(step())
+    jax.block_until_ready(step(*arguments))
     print("peak", status("VmHWM") - before)
 
 
@@ -227,7 +172,11 @@ def memory(sizes: list[int], block: int, heads: int, each: int = 8) -> list[dict
         for tokens in sizes:
             arguments = [implementation, *map(str, (tokens, block, heads, each))]
             done = subprocess.run(
-                [sys.executable, __file__, "--one-peak", *arguments], capture_output=True, text=True, check=True
+                [sys.executable, __file__, "--one-peak", *arguments],
+                env={name: value for name, value in os.environ.items() if name not in KEEP_MEMORY},
+                capture_output=True,
+                text=True,
+                check=True,
             )
             peak = int(next(line for line in done.stdout.splitlines() if line.startswith("peak ")).split()[1])
             arrays = 8 * tokens * heads * DIM * 4
@@ -262,8 +211,8 @@ def decode(pages: int, page: int, heads: int, kv_heads: int, rounds: int) -> lis
         for h in range(kv_heads):
             tiles[h, 0, r.choice(pages, count, replace=False)] = True
         lists = jax.tree.map(jnp.asarray, from_tiles(tiles, bq=1, bk=page, q_len=1, kv_len=pages * page))
-        ours[str(count)] = lambda lists=lists: step(q, k, v, table, lists)
-    timings = take_turns(ours, Peer("none"), rounds)
+        ours[str(count)] = step, (q, k, v, table, lists)
+    timings = take_turns(timed(ours), rounds)
     return [
         {"pages": count, "of": pages, "page": page, "microseconds": statistics.median(timings[str(count)]) * 1e6}
         | {"faster than all pages": ratio(timings, str(counts[-1]), str(count)), "fewer pages": counts[-1] / count}
@@ -304,6 +253,8 @@ def main() -> None:
     if sys.argv[1:2] == ["--one-peak"]:
         peak_of_one(sys.argv[2], *map(int, sys.argv[3:]))
         return
+    if any(os.environ.get(name) != value for name, value in KEEP_MEMORY.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_MEMORY)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", default=sys.executable, help="python that has torch, or 'none'")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192])

@@ -1,21 +1,22 @@
-"""The torch side of attention.py: a process that times one of its functions when told to. Needs torch and numpy only.
-
-Torch and JAX slow each other down in one process, since their thread pools fight for the same cores. So this process
-waits on its input while the other one works.
-"""
+"""The torch side of attention.py: a process that times one of its functions when told to."""
 
 import argparse
-import statistics
 import sys
-import time
 
 import numpy as np
 import torch
+from peer import serve
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 
-def functions(tokens: int, block: int, heads: int, dim: int, masks: dict[str, np.ndarray]) -> dict:
-    """Dense attention forward and with gradients, and FlexAttention forward (it has no gradient on CPUs) a mask."""
+def functions(path: str) -> dict:
+    """Dense attention forward and with gradients, and FlexAttention forward (it has no gradient on CPUs) a mask.
+
+    The archive has `block`, `dim` and masks, bool [heads, blocks of queries, blocks of keys] each.
+    """
+    masks = dict(np.load(path))
+    block, dim = (int(masks.pop(name)) for name in ("block", "dim"))
+    heads, tokens = next((tiles.shape[0], tiles.shape[1] * block) for tiles in masks.values())
     r = np.random.default_rng(0)
     q, k, v, g = (torch.from_numpy(r.standard_normal((1, heads, tokens, dim), dtype=np.float32)) for _ in range(4))
     dense = torch.nn.functional.scaled_dot_product_attention
@@ -29,6 +30,8 @@ def functions(tokens: int, block: int, heads: int, dim: int, masks: dict[str, np
         (dense(*leaves) * g).sum().backward()
 
     known = {"forward": forward, "both": both}
+    for function in known.values():
+        function()  # a slow one is timed once only, and not at its first call
     for name, tiles in masks.items():
         kept = torch.from_numpy(tiles)
         mask = create_block_mask(
@@ -60,28 +63,8 @@ def functions(tokens: int, block: int, heads: int, dim: int, masks: dict[str, np
     return known
 
 
-def main() -> None:
-    """Answers each line, a function's name, with its median seconds."""
-    parser = argparse.ArgumentParser()
-    for name in ("tokens", "block", "heads", "dim", "threads"):
-        parser.add_argument(f"--{name}", type=int, required=True)
-    parser.add_argument("--tiles", required=True, help="numpy archive, a bool [heads, nq, nk] for each mask")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    masks = dict(np.load(options.tiles))
-    known = functions(options.tokens, options.block, options.heads, options.dim, masks)
-    print("ready " + ",".join(known), flush=True)
-    for line in sys.stdin:
-        function = known[line.strip()]
-        function()  # wakes threads and caches, untimed
-        timings = []
-        begin = time.perf_counter()
-        while len(timings) < 3 or (time.perf_counter() - begin < 0.1 and len(timings) < 20):
-            start = time.perf_counter()
-            function()
-            timings.append(time.perf_counter() - start)
-        print(f"seconds {statistics.median(timings)}", flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--threads", type=int, required=True)
+    torch.set_num_threads(parser.parse_args().threads)
+    serve(functions)
