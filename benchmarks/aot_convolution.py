@@ -24,8 +24,8 @@ NOTE = (
     "Static estimates of compiled code, not measurements: no TPU or GPU was present. A TPU core issues one bundle a "
     "cycle where it does not wait for memory. 'MXU use' is the cycles that the convolution's products of one grid step "
     "need at the peak of the matrix units (those of features that only fill up 128 lanes do not count), over the "
-    "bundles of the step: of the body with the products alone, and with all other bundles of the loop, among them rare "
-    "ones, such as clearing what missing neighbours leave."
+    "larger of those cycles and the bundles: of the body with the products alone, and with all other bundles of the "
+    "loop, among them rare ones, such as clearing what missing neighbours leave."
 )
 
 
@@ -59,7 +59,7 @@ def render(record):
                     body, rest = sum(k["bodies"]), k["step_rest"]
                     # The matrix units of v6e are of another size.
                     fed = None if target == "v6e" else products(shapes_of(kernel)[name], part) / CYCLE
-                    uses = [f"{fed / bundles:.0%}" if fed else "" for bundles in (body, body + rest)]
+                    uses = [f"{fed / (max(fed, body) + more):.0%}" if fed else "" for more in (0, rest)]
                     sizes = f"{k['vmem_bytes'] / 2**20:.1f}", f"{k['smem_bytes'] / 2**10:.1f}"
                     tpus.append((*where, body, rest, *uses, k["spills"], *sizes))
     text = [f"# Convolution kernels compiled without the hardware, {record['date']}", record["note"]]

@@ -111,19 +111,17 @@ def _put_in_place(tile: _Tile, values, positions, r):
 def _pick(tile: _Tile, x, positions, r):
     """Fills `x`: the features that the values of the column group meet, the s-th ones of all groups side by side."""
     packed = x.dtype.itemsize < 4
-    for column in range(0, tile.groups, LANES):
-        lanes = slice(column, column + LANES)
-        places = [positions[0, s : s + 1, lanes] for s in range(tile.n)]
-        masks = [[place == p for p in range(1, tile.m)] for place in places]
-        for row in range(0, tile.rows, CHUNK):
-            rows = slice(row, min(row + CHUNK, tile.rows))
+    for row in range(0, tile.rows, CHUNK):
+        rows = slice(row, min(row + CHUNK, tile.rows))
+        for column in range(0, tile.groups, LANES):
+            lanes = slice(column, column + LANES)
             # Two rows of a 16-bit type share a row of a register: a mask of lanes holds for both.
             features = [x[p, rows, lanes] for p in range(tile.m)]
             features = [pltpu.bitcast(f, jnp.int32) for f in features] if packed else features
-            for s, mask in enumerate(masks):
-                found = features[0]
-                for here, feature in zip(mask, features[1:], strict=True):
-                    found = jnp.where(here, feature, found)
+            for s in range(tile.n):
+                place, found = positions[0, s : s + 1, lanes], features[0]
+                for p in range(1, tile.m):
+                    found = jnp.where(place == p, features[p], found)
                 to = slice(s * tile.groups + column, s * tile.groups + column + LANES)
                 r["x"][rows, to] = pltpu.bitcast(found, x.dtype) if packed else found
 
