@@ -1,8 +1,8 @@
 // Block-sparse attention for CPUs: forward, backward and decode handlers for XLA's FFI, float32.
 //
-// Matrix products run on panels that are kPanel columns wide, with GCC vector extensions, in pieces of at most kTile queries and
-// kTile keys, whose scores stay in the second-level cache. Work is dealt out to XLA's own thread pool. What a task computes and in which
-// order sums are formed depends on shapes and lists only, never on threads, so results are the same bits in every run.
+// Matrix products run on panels that are kPanel columns wide, with sums in registers, in pieces of at most kTile queries and
+// kTile keys, whose scores stay in the second-level cache. Work is dealt out to XLA's own thread pool. What a task computes and
+// in which order sums are formed depends on shapes and lists only, never on threads, so results are the same bits in every run.
 
 #include <algorithm>
 #include <cmath>
@@ -472,6 +472,13 @@ ffi::Error Forward(ffi::ThreadPool pool, int64_t bq, int64_t bk, float scale, fl
     const Lease lease(kTile * (c.dim + 2 * c.v_dim_p + kTileLd + 3) * 4);
     float *qt = lease.As<float>(), *out = qt + kTile * c.dim, *room = out + kTile * c.v_dim_p, *s = room + kTile * c.v_dim_p;
     float *top = s + kTile * kTileLd, *total = top + kTile, *shrink = total + kTile;
+    auto fetch_keys = [&](int64_t slot) {
+      if (slot >= c.n_tot[list]) return;
+      const int64_t j = c.idx[list * c.width + slot];
+      Fetch(c.K(b, j * c.bk, kv_h), k_stride, std::min(kTile, c.Keys(b, j)), c.dim);
+    };
+    Fetch(c.Q(b, row0, h), c.heads * c.dim, at.rows, c.dim);
+    fetch_keys(0);
     PackTransposed(c.Q(b, row0, h), c.heads * c.dim, at.rows, c.dim, c.Units(), qt);
     for (int64_t r = 0; r < rows_p; r++) top[r] = kNothing, total[r] = 0;
     bool first = true;
@@ -484,10 +491,7 @@ ffi::Error Forward(ffi::ThreadPool pool, int64_t bq, int64_t bk, float scale, fl
         Fetch(c.V(b, key, kv_h), v_stride, at.keys, c.v_dim);
         Multiply<false>(at.keys, rows_p, c.dim, c.K(b, key, kv_h), k_stride, Packed(qt, c.dim), s, kTileLd, false);
         FinishAcross(c, at, lanes, s);
-        if (at.slot + 1 < c.n_tot[list]) {
-          const int64_t next = c.idx[list * c.width + at.slot + 1];
-          Fetch(c.K(b, next * c.bk, kv_h), k_stride, std::min(kTile, c.Keys(b, next)), c.dim);
-        }
+        fetch_keys(at.slot + 1);
         if (Weights(rows_p, at.keys, s, top, total, shrink) && !first) {
           for (int64_t r = 0; r < at.rows; r++) {
             if (shrink[r] != 1.f) CopyScaled(out + r * c.v_dim_p, c.v_dim_p, shrink[r], out + r * c.v_dim_p);
@@ -655,7 +659,7 @@ ffi::Error Backward(ffi::ThreadPool pool, int64_t bq, int64_t bk, float scale, f
       for (const Seen* x = from; (c.flags & kBlockBias) && x < to; x++) {
         dblock->typed_data()[((b * c.heads + h0) * c.nq + x->row) * c.width + x->slot] = 0;
       }
-      for (int64_t key0 = 0; key0 < columns; key0 += kTile) {
+      for (int64_t key0 = 0; from < to && key0 < columns; key0 += kTile) {
         const int64_t count = std::min(kTile, columns - key0), key = j * c.bk + key0;
         PackTransposed(c.K(b, key, kv_h), k_stride, count, c.dim, c.Units(), kt);
         PackTransposed(c.V(b, key, kv_h), v_stride, count, c.v_dim, 1.f, vt);
@@ -678,10 +682,9 @@ ffi::Error Backward(ffi::ThreadPool pool, int64_t bq, int64_t bk, float scale, f
         }
         for (int64_t r = 0; r < count; r++) {
           const int64_t row = (b * c.kv_len + key + r) * c.kv_heads + kv_h;
-          CopyScaled(k_sum + r * c.dim_p, add ? c.dim : 0, 1.f, dk->typed_data() + row * c.dim);
-          CopyScaled(v_sum + r * c.v_dim_p, add ? c.v_dim : 0, 1.f, dv->typed_data() + row * c.v_dim);
+          CopyScaled(k_sum + r * c.dim_p, c.dim, 1.f, dk->typed_data() + row * c.dim);
+          CopyScaled(v_sum + r * c.v_dim_p, c.v_dim, 1.f, dv->typed_data() + row * c.v_dim);
         }
-        if (!add) break;
       }
       for (int64_t r = from == to ? 0 : columns; r < std::min(c.bk, c.kv_len - j * c.bk); r++) {
         const int64_t row = (b * c.kv_len + j * c.bk + r) * c.kv_heads + kv_h;
