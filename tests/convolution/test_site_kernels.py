@@ -122,6 +122,7 @@ def test_native_under_vmap_is_one_call_for_each_element():
     np.testing.assert_allclose(y[1], 2 * y[0], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_many_sites_in_a_huge_grid():
     shape, random = (20_000, 20_000), np.random.default_rng(0)
     near = random.integers(0, 19_998, size=(1500, 2))

@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 MASK = "opt_state/masks/blocks/0/up/kernel"
 
 
-NAMES = ["rigl", "stored", pytest.param("sr_ste", marks=pytest.mark.slow)]
+NAMES = ["rigl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("stored", "sr_ste"))]
 
 
 @pytest.fixture(scope="module")

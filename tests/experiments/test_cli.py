@@ -21,8 +21,9 @@ TINY = [
 def test_list_names_the_experiments(capsys):
     assert main(["list"]) == 0
     out = capsys.readouterr().out
-    names = ["digits_dst", "digits_conv", "digits_vit", "bytes_lm", "quest", "seer_attention"]
-    assert [line.split()[0] for line in out.splitlines()] == names
+    names = ["digits_dst", "digits_conv", "digits_vit", "bytes_lm"]
+    studies = ["quest", "seer_attention", "spark_digits", "wafers", "volumes"]
+    assert [line.split()[0] for line in out.splitlines()] == names + studies
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["run", "--help"], ["report", "-h"]])

@@ -15,6 +15,7 @@ TINY = {
 }
 
 
+@pytest.mark.slow
 def test_quest_with_every_page_is_dense(tmp_path):
     config = quest.Config(**TINY, prompt=20, page_size=4, pages=(2, 8), timed_length=64, timed_pages=(4,))
     tables = quest.run(dataclasses.replace(config, page_size=4, output=str(tmp_path)), progress=False)

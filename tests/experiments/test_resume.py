@@ -62,7 +62,7 @@ def interrupt(monkeypatch, kind: str, step: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["rigl", "top_kast", *(pytest.param(name, marks=pytest.mark.slow) for name in ("set", "dense", "snip"))]
+    "name", ["rigl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("top_kast", "set", "dense", "snip"))]
 )
 def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, capsys, name):
     variant = small.variant(name)
