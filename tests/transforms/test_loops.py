@@ -89,7 +89,12 @@ def test_nnx_optimizer(name, dtype):
 
 
 @pytest.mark.parametrize(
-    ("name", "axis_type"), [("rigl", AxisType.Auto), ("sr_ste", AxisType.Auto), ("sr_ste", AxisType.Explicit)]
+    ("name", "axis_type"),
+    [
+        ("rigl", AxisType.Auto),
+        pytest.param("sr_ste", AxisType.Auto, marks=pytest.mark.slow),
+        ("sr_ste", AxisType.Explicit),
+    ],
 )
 def test_nnx_with_sharded_parameters(name, axis_type):
     """Masks and moments take the sharding that the parameters' metadata names."""

@@ -62,7 +62,7 @@ def test_xla_equals_reference_in_float64(case):
         zoo.assert_trees_close(case.run("xla", jnp.float64), case.run("reference", jnp.float64), 1e-11, 1e-12)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16])
 @settings(max_examples=3, deadline=None)
 @given(zoo.cases())
 def test_xla_error_in_low_precision_is_at_most_twice_the_plain_one(dtype, case):

@@ -82,7 +82,9 @@ def test_bfloat16_is_as_close_as_its_precision_allows():
     ("problem", "fused"),
     [
         (Problem(heads=1, kv_heads=1, kv_len=200), False),
-        (Problem(kv_heads=1, bk=256, rule="segments", extras=("block_bias",)), False),
+        pytest.param(
+            Problem(kv_heads=1, bk=256, rule="segments", extras=("block_bias",)), False, marks=pytest.mark.slow
+        ),
         (Problem(kv_heads=1, rule="none"), True),
     ],
     ids=["causal", "group with block bias", "fused backward"],
@@ -94,6 +96,7 @@ def test_no_races(problem, fused):
     assert_close(got, expected(problem), 2e-5)
 
 
+@pytest.mark.slow
 def test_lists_too_large_for_scalar_memory_go_in_shares(monkeypatch):
     problem = Problem(batch=2, heads=4, batch_lists=2, head_lists=4, rule="none", extras=("block_bias",))
     lists = problem.draw()[3]
