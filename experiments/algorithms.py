@@ -63,11 +63,15 @@ def structure_of(config):
     raise UsageError(f"structure is {config.structure!r}; known are unstructured, block, channel")
 
 
+DRY_RUN = 2
+"""Steps of a run that only tries everything out."""
+
+
 def make_algorithm(name: Name, config, *, seed=0, masks=None) -> sparsejax.Algorithm:
     """Builds the algorithm that a name stands for, with a configuration's figures.
 
     Masks move until `config.masks_until` of training; what prunes gradually reaches its target then. What prunes once
-    does so half-way through.
+    does so half-way through. A run of two steps is a dry run, whose masks move at step 1.
 
     Args:
         name: any of `Name` but `dense`.
@@ -87,6 +91,8 @@ def make_algorithm(name: Name, config, *, seed=0, masks=None) -> sparsejax.Algor
         raise UsageError(f"masks_until is {config.masks_until}; it is a fraction of training in (0, 1]")
     sparsity, every = config.sparsity, config.update_every
     end = max(int(config.masks_until * config.steps), 1)
+    if config.steps == DRY_RUN:
+        every, end = 1, DRY_RUN
     tenth = max(config.steps // 10, 1)
     where = {"structure": structure_of(config), "distribution": _DISTRIBUTIONS[config.distribution]}
     moving = {**where, "update_every": every, "stop": end, "drop_fraction": config.drop_fraction, "seed": seed}

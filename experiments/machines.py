@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 import signal
 import threading
 import time
@@ -51,7 +50,7 @@ class Machines:
 
     def layout(self) -> Layout | None:
         """Where arrays lie; None where one device has them all."""
-        if not self.coordinator and math.prod(self.mesh) == 1 and self.axis_types == "auto":
+        if not self.coordinator and tuple(self.mesh) == (1, 1, 1) and self.axis_types == "auto":
             return None
         return Layout(make_mesh(self.mesh, self.axis_types))
 

@@ -69,6 +69,8 @@ class Job:
             states = [worker.poll() for worker in self.workers]
             failed = next((state for state in states if state), None)
             if failed is not None:
+                how = f"was ended by {signal.Signals(-failed).name}" if failed < 0 else f"failed with status {failed}"
+                self._output(states.index(failed), f"this process {how}; the others end too, and --resume goes on")
                 self._end()
                 return failed
             if all(state == 0 for state in states):

@@ -8,7 +8,13 @@ from types import SimpleNamespace
 import pytest
 
 from experiments.chips import peak_flops
+from experiments.experiment import UsageError
 from experiments.machines import Machines, PreemptionNotice, Speed
+
+
+def test_a_mesh_with_two_open_sides_is_refused():
+    with pytest.raises(UsageError, match=r"mesh is \(-1, -1, 1\); .* one of them may be -1"):
+        Machines(mesh=(-1, -1, 1)).layout()
 
 
 def test_speed_leaves_out_the_steps_that_compile():

@@ -293,6 +293,11 @@ def test_a_configuration_that_cannot_run_is_refused_before_anything_is_written(t
     assert not (tmp_path / "runs").exists()
 
 
+def test_masks_move_in_a_dry_run():
+    for name in ("rigl", "set", "gradual"):
+        assert make_algorithm(name, dataclasses.replace(small.CONFIG, steps=2, update_every=50)).steps.due(1)
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(UsageError, match="no algorithm is called 'rigel'; known are dense, static"):
         make_algorithm("rigel", small.CONFIG)
