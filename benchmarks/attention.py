@@ -81,7 +81,6 @@ def attention(implementation: str, tiles: np.ndarray, tokens: int, block: int, g
 
 def timed(programs: dict) -> dict:
     """Functions that return the seconds of jitted functions with their arguments, compiled by now."""
-    # Not `lower(...).compile()`, since a call of what that gives takes a longer way through Python.
     jax.block_until_ready([step(*arguments) for step, arguments in programs.values()])
     return {name: lambda x=x: seconds(lambda: x[0](*x[1])) for name, x in programs.items()}
 

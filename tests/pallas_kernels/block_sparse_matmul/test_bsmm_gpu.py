@@ -4,8 +4,9 @@ import jax
 import pytest
 from bsmm_kernel_problems import Problem, assert_close, expected
 
-from pallas_kernels import aot, compat
+from pallas_kernels import compat
 from pallas_kernels.block_sparse_matmul import explain, gpu, programs
+from tests.pallas_kernels.hopper import assert_compiles_without_spills, assert_lowers
 
 PROBLEMS = {
     "ragged, empty slots": Problem(rows=100, inputs=120, outputs=180, bk=64, bn=64, capacity=4, dtype="bfloat16"),
@@ -58,21 +59,10 @@ TAKEN = [name for name, shape in programs.SHAPES.items() if shape.dtype != "floa
 
 @pytest.mark.parametrize("name", TAKEN)
 def test_lowers_for_every_shape(name):
-    from jax import export
-
-    for function, arguments in programs.programs(programs.SHAPES[name], "gpu", jax.ShapeDtypeStruct).values():
-        with compat.target_context("NVIDIA H200", 132, "gpu"):
-            text = export.export(jax.jit(function), platforms=["cuda"])(*arguments).mlir_module()
-        assert text.count("mosaic_gpu") >= 3
+    assert_lowers(programs, programs.SHAPES[name], 3)
 
 
 @pytest.mark.aot
 @pytest.mark.parametrize("name", TAKEN)
 def test_compiles_for_h200_without_spills(name):
-    lacking = aot.missing("h200")
-    if lacking:
-        pytest.skip(lacking)
-    (report,) = aot.compile_for("h200", "block_sparse_matmul", programs.SHAPES[name])
-    assert {k.name: k.spill_bytes for k in report.kernels} == {
-        f"block_sparse_matmul_{part}": 0 for part in ("forward", "dx", "dvalues")
-    }
+    assert_compiles_without_spills("block_sparse_matmul", programs.SHAPES[name], {"forward", "dx", "dvalues"})

@@ -1,11 +1,11 @@
 """The GPU decode kernel for N:M: in the interpreter against dense computation, lowered and compiled for H200."""
 
-import jax
 import pytest
 from nm_kernel_problems import Problem, assert_close, expected
 
-from pallas_kernels import aot, compat
+from pallas_kernels import compat
 from pallas_kernels.nm_matmul import gpu, programs
+from tests.pallas_kernels.hopper import assert_compiles_without_spills, assert_lowers
 
 
 @pytest.mark.skipif(compat.gpu_interpreter() is None, reason="this JAX has no interpreter for Mosaic GPU (0.12 has)")
@@ -45,19 +45,10 @@ TAKEN = [name for name, shape in programs.SHAPES.items() if shape.rows <= gpu.MA
 
 @pytest.mark.parametrize("name", TAKEN)
 def test_lowers_for_every_shape(name):
-    from jax import export
-
-    for function, arguments in programs.programs(programs.SHAPES[name], "gpu", jax.ShapeDtypeStruct).values():
-        with compat.target_context("NVIDIA H200", 132, "gpu"):
-            text = export.export(jax.jit(function), platforms=["cuda"])(*arguments).mlir_module()
-        assert "mosaic_gpu" in text
+    assert_lowers(programs, programs.SHAPES[name], 1)
 
 
 @pytest.mark.aot
 @pytest.mark.parametrize("name", TAKEN)
 def test_compiles_for_h200_without_spills(name):
-    lacking = aot.missing("h200")
-    if lacking:
-        pytest.skip(lacking)
-    (report,) = aot.compile_for("h200", "nm_matmul", programs.SHAPES[name])
-    assert [(k.name, k.spill_bytes) for k in report.kernels] == [("nm_matmul_forward", 0)]
+    assert_compiles_without_spills("nm_matmul", programs.SHAPES[name], {"forward"})

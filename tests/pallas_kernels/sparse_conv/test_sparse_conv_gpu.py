@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import export
 
-from pallas_kernels import aot, compat
+from pallas_kernels import compat
 from pallas_kernels.sparse_conv import KernelMap, gpu, programs, reference
+from tests.pallas_kernels.hopper import assert_compiles_without_spills, assert_lowers
 
 
 def drawn(rows_in, rows_out, taps, inputs, outputs, *, empty=None):
@@ -78,18 +78,10 @@ def test_refuses_with_the_reason():
     "name", [name if at == 2 else pytest.param(name, marks=pytest.mark.slow) for at, name in enumerate(programs.SHAPES)]
 )
 def test_lowers_for_every_shape(name):
-    for function, arguments in programs.programs(programs.SHAPES[name], "gpu", jax.ShapeDtypeStruct).values():
-        with compat.target_context("NVIDIA H200", 132, "gpu"):
-            text = export.export(jax.jit(function), platforms=["cuda"])(*arguments).mlir_module()
-        assert text.count("mosaic_gpu") >= 3
+    assert_lowers(programs, programs.SHAPES[name], 3)
 
 
 @pytest.mark.aot
 @pytest.mark.parametrize("name", programs.SHAPES)
 def test_compiles_for_h200_without_spills(name):
-    lacking = aot.missing("h200")
-    if lacking:
-        pytest.skip(lacking)
-    (report,) = aot.compile_for("h200", "sparse_conv", programs.SHAPES[name])
-    assert [k.spill_bytes for k in report.kernels] == [0] * len(report.kernels)
-    assert {k.name for k in report.kernels} == {"sparse_conv_forward", "sparse_conv_dweights"}
+    assert_compiles_without_spills("sparse_conv", programs.SHAPES[name], {"forward", "dweights"})

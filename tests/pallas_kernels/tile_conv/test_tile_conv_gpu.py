@@ -4,11 +4,11 @@ import functools
 
 import jax
 import pytest
-from jax import export
 from tile_conv_problems import Problem, assert_close, computed, expected
 
-from pallas_kernels import aot, compat
+from pallas_kernels import compat
 from pallas_kernels.tile_conv import gpu, programs
+from tests.pallas_kernels.hopper import assert_compiles_without_spills, assert_lowers
 
 PROBLEMS = {
     "2-D": Problem(grid=(2, 2), tile=(2, 3), inputs=40, outputs=64, capacity=4, active=3, dtype="bfloat16"),
@@ -67,19 +67,10 @@ TAKEN = [name for name, shape in programs.SHAPES.items() if shape.dtype != "floa
     "name", [name if at in (0, 5) else pytest.param(name, marks=pytest.mark.slow) for at, name in enumerate(TAKEN)]
 )
 def test_lowers_for_every_shape(name):
-    for function, arguments in programs.programs(programs.SHAPES[name], "gpu", jax.ShapeDtypeStruct).values():
-        with compat.target_context("NVIDIA H200", 132, "gpu"):
-            text = export.export(jax.jit(function), platforms=["cuda"])(*arguments).mlir_module()
-        assert text.count("mosaic_gpu") >= 3
+    assert_lowers(programs, programs.SHAPES[name], 3)
 
 
 @pytest.mark.aot
 @pytest.mark.parametrize("name", TAKEN)
 def test_compiles_for_h200_without_spills(name):
-    lacking = aot.missing("h200")
-    if lacking:
-        pytest.skip(lacking)
-    (report,) = aot.compile_for("h200", "tile_conv", programs.SHAPES[name])
-    assert {k.name: k.spill_bytes for k in report.kernels} == {
-        f"tile_conv_{part}": 0 for part in ("forward", "dx", "dweights")
-    }
+    assert_compiles_without_spills("tile_conv", programs.SHAPES[name], {"forward", "dx", "dweights"})
