@@ -10,8 +10,7 @@ import math
 
 import jax.numpy as jnp
 
-from benchmarks.aot_matmul import command, gpu_row, gpu_table, shapes_of, table
-from pallas_kernels import aot
+from benchmarks.aot_matmul import command, report, shapes_of
 from pallas_kernels.tile_conv import tpu
 from pallas_kernels.tile_conv.unstrided import mirrored, offsets_of
 
@@ -44,34 +43,16 @@ def products(shape, part):
 
 def render(record):
     """The record as markdown."""
-    tpus, gpus, refused = [], [], []
-    for target, kernels in record["targets"].items():
-        for kernel, shapes in kernels.items():
-            for name, parts in shapes.items():
-                if "refused" in parts:
-                    refused.append(f"- {target}, {kernel}, {name}: {parts['refused']}")
-                    continue
-                for part, k in parts.items():
-                    where = target, kernel, name, part
-                    if target not in aot.TPU_TOPOLOGIES:
-                        gpus.append(gpu_row(where, k))
-                        continue
-                    body, rest = sum(k["bodies"]), k["step_rest"]
-                    # The matrix units of v6e are of another size.
-                    fed = None if target == "v6e" else products(shapes_of(kernel)[name], part) / CYCLE
-                    uses = [f"{fed / (max(fed, body) + more):.0%}" if fed else "" for more in (0, rest)]
-                    sizes = f"{k['vmem_bytes'] / 2**20:.1f}", f"{k['smem_bytes'] / 2**10:.1f}"
-                    tpus.append((*where, body, rest, *uses, k["spills"], *sizes))
-    text = [f"# Convolution kernels compiled without the hardware, {record['date']}", record["note"]]
-    text.append("Repeat with `python -m benchmarks.aot_convolution`; shapes are `SHAPES` of each `programs.py`.")
-    if tpus:
-        heads = "bundles, body", "other bundles", "MXU use, body", "with all others", "spills", "VMEM MiB", "SMEM KiB"
-        text.append(table(("target", "kernel", "shape", "part", *heads), tpus))
-    if gpus:
-        text.append(gpu_table(gpus))
-    if refused:
-        text.append("Refused:\n\n" + "\n".join(refused))
-    return "\n\n".join(text) + "\n"
+
+    def tpu_row(where, k):
+        target, kernel, name, part = where
+        body, rest = sum(k["bodies"]), k["step_rest"]
+        # The matrix units of v6e are of another size.
+        fed = None if target == "v6e" else products(shapes_of(kernel)[name], part) / CYCLE
+        return body, rest, *(f"{fed / (max(fed, body) + more):.0%}" if fed else "" for more in (0, rest))
+
+    measures = "bundles, body", "other bundles", "MXU use, body", "with all others"
+    return report(record, "Convolution kernels", "aot_convolution", measures, tpu_row)
 
 
 if __name__ == "__main__":

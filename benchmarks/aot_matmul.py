@@ -114,9 +114,9 @@ def gpu_table(rows):
     return note + "\n\n" + table(heads, rows)
 
 
-def render(record):
-    """The record as markdown."""
-    tpu, gpu, refused = [], [], []
+def report(record, title, script, measures, tpu_row):
+    """The record as markdown; `tpu_row(where, figures)` gives the cells of what was compiled for a TPU."""
+    tpus, gpus, refused = [], [], []
     for target, kernels in record["targets"].items():
         for kernel, shapes in kernels.items():
             for name, parts in shapes.items():
@@ -126,35 +126,36 @@ def render(record):
                 for part, k in parts.items():
                     where = target, kernel, name, part
                     if target not in aot.TPU_TOPOLOGIES:
-                        gpu.append(gpu_row(where, k))
+                        gpus.append(gpu_row(where, k))
                         continue
-                    # The matrix units of v6e are of another size, which the instructions do not tell.
-                    shown = target != "v6e"
-                    body, matmuls, blocks = loop = loop_of(target, k, shapes_of(kernel)[name])
-                    whole, per = whole_use(k, shapes_of(kernel)[name], loop)
-                    tpu.append(
-                        (
-                            *where,
-                            f"{body / blocks:.0f}",
-                            k["step_rest"],
-                            f"{use(matmuls, body):.0%}" if shown else "",
-                            f"{whole:.0%} of {per}" if shown else "",
-                            k["spills"],
-                            f"{k['vmem_bytes'] / 2**20:.1f}",
-                            f"{k['smem_bytes'] / 2**10:.1f}",
-                        )
-                    )
-    heads = "target", "kernel", "shape", "part"
-    measures = "bundles a block", "other bundles", "MXU use, loop", "MXU use, whole", "spills", "VMEM MiB", "SMEM KiB"
-    text = [f"# Matmul kernels compiled without the hardware, {record['date']}", record["note"]]
-    text.append("Repeat with `python -m benchmarks.aot_matmul`; shapes are `SHAPES` of each kernel's `programs.py`.")
-    if tpu:
-        text.append(table((*heads, *measures), tpu))
-    if gpu:
-        text.append(gpu_table(gpu))
+                    sizes = f"{k['vmem_bytes'] / 2**20:.1f}", f"{k['smem_bytes'] / 2**10:.1f}"
+                    tpus.append((*where, *tpu_row(where, k), k["spills"], *sizes))
+    text = [f"# {title} compiled without the hardware, {record['date']}", record["note"]]
+    text.append(f"Repeat with `python -m benchmarks.{script}`; shapes are `SHAPES` of each kernel's `programs.py`.")
+    if tpus:
+        heads = "target", "kernel", "shape", "part", *measures, "spills", "VMEM MiB", "SMEM KiB"
+        text.append(table(heads, tpus))
+    if gpus:
+        text.append(gpu_table(gpus))
     if refused:
         text.append("Refused:\n\n" + "\n".join(refused))
     return "\n\n".join(text) + "\n"
+
+
+def render(record):
+    """The record as markdown."""
+
+    def tpu_row(where, k):
+        target, kernel, name, _ = where
+        # The matrix units of v6e are of another size, which the instructions do not tell.
+        shown = target != "v6e"
+        body, matmuls, blocks = loop = loop_of(target, k, shapes_of(kernel)[name])
+        whole, per = whole_use(k, shapes_of(kernel)[name], loop)
+        uses = (f"{use(matmuls, body):.0%}", f"{whole:.0%} of {per}") if shown else ("", "")
+        return f"{body / blocks:.0f}", k["step_rest"], *uses
+
+    measures = "bundles a block", "other bundles", "MXU use, loop", "MXU use, whole"
+    return report(record, "Matmul kernels", "aot_matmul", measures, tpu_row)
 
 
 def merged(found, path, note):
