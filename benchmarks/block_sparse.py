@@ -9,8 +9,9 @@ by the density: 1 is time exactly in proportion to the stored blocks. `goal` col
 `floor ms` is the time that memory alone would need: each operand read once by each product that needs it, each result
 written once, at the speed of a copy.
 
-Ours `both` is forward, dx and the gradient of the stored blocks. No peer has the last one, so theirs is forward and dx
-only; and where a peer's forward pass alone takes longer than all of ours, that stands for it, as a lower bound.
+Ours `both` is forward, dx and the gradient of the stored blocks, dW. No peer has the last one: its `y, dx` is held
+against the same two of ours, and in the rows `y, dx; ours dW too` against all three. Where a peer's forward pass alone
+takes longer than all of ours, that stands for its `y, dx`, as a lower bound.
 """
 
 import argparse
@@ -65,9 +66,15 @@ def goal(block: int, density: float, gradients: bool) -> float:
     return (0.65 if gradients else 0.75) if block >= 64 else (0.55 if gradients else 0.6)
 
 
-def against_all(shape, blocks, densities, peer: Peer, rounds: int) -> list[dict]:
-    """The native path against dense products and every sparse format, a row for each block size and density."""
-    rows, (m, inputs, outputs), speed = [], shape, copy_speed()
+def add(rows: list[dict], row: dict) -> None:
+    """Keeps a row and shows it, so that a long measurement is seen to go on."""
+    rows.append(row)
+    print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+
+
+def against_all(shape, blocks, densities, peer: Peer, rounds: int) -> tuple[list[dict], list[dict]]:
+    """The native path for each block size and density: against dense products, and against every sparse format."""
+    rows, versus, (m, inputs, outputs), speed = [], [], shape, copy_speed()
     r = np.random.default_rng(1)
     x, dy = (jnp.asarray(r.standard_normal((m, n), dtype=np.float32)) for n in (inputs, outputs))
     for block in blocks:
@@ -78,10 +85,14 @@ def against_all(shape, blocks, densities, peer: Peer, rounds: int) -> list[dict]
             def ours(x, values, lists):
                 return block_sparse_matmul(x, values, lists, shape=shape[1:], implementation="native")
 
+            def y_and_dx(*arguments, ours=ours):
+                return with_gradients(ours, dy)(*arguments)[:2]
+
             functions = {
                 "dense": compiled(jnp.matmul, x, dense),
                 "dense both": compiled(with_gradients(jnp.matmul, dy), x, dense),
                 "ours": compiled(ours, x, values, lists),
+                "ours y, dx": compiled(y_and_dx, x, values, lists),
                 "ours both": compiled(with_gradients(ours, dy), x, values, lists),
             }
             others = of_jax(w, x.T, dy.T)
@@ -107,13 +118,17 @@ def against_all(shape, blocks, densities, peer: Peer, rounds: int) -> list[dict]
                 "both x density": ratio(timings, "dense both", "ours both") * real,
                 "both goal": goal(block, real, True),
             }
-            for name in (name for name in others if not name.endswith("both")):
-                row[f"/ {name}"] = ratio(timings, name, "ours")
-                longer = f"{name} both" if f"{name} both" in timings else name
-                row[f"both / {name}"] = ratio(timings, longer, "ours both")
-            rows.append(row)
-            print(" ".join(f"{k}={v:.3g}" for k, v in row.items()), flush=True)
-    return rows
+            add(rows, row)
+            names = [name for name in others if not name.endswith("both")]
+            longer = {name: f"{name} both" if f"{name} both" in timings else name for name in names}
+            for work, own, theirs in (
+                ("y", "ours", {name: name for name in names}),
+                ("y, dx", "ours y, dx", longer),
+                ("y, dx; ours dW too", "ours both", longer),
+            ):
+                times = {name: ratio(timings, theirs[name], own) for name in names}
+                add(versus, {"block": block, "density": real, "work": work} | times)
+    return rows, versus
 
 
 def few_rows(counts, blocks, density: float, size: int, rounds: int) -> list[dict]:
@@ -133,10 +148,11 @@ def few_rows(counts, blocks, density: float, size: int, rounds: int) -> list[dic
             }
             timings = take_turns(functions, rounds)
             real = values.size / w.size
-            rows.append(
+            add(
+                rows,
                 {"rows": m, "block": block, "density": real, "ours ms": statistics.median(timings["ours"]) * 1e3}
                 | {"floor ms": 4 * (2 * x.size + values.size) / speed * 1e3, "/ dense": ratio(timings, "dense", "ours")}
-                | {"x density": ratio(timings, "dense", "ours") * real}
+                | {"x density": ratio(timings, "dense", "ours") * real},
             )
     return rows
 
@@ -162,9 +178,10 @@ def xla_alone(shape, blocks, densities, rounds: int) -> list[dict]:
                 },
                 rounds,
             )
-            rows.append(
+            add(
+                rows,
                 {"block": block, "density": values.size / w.size, "/ dense": ratio(timings, "dense", "ours")}
-                | {"both / dense": ratio(timings, "dense both", "ours both")}
+                | {"both / dense": ratio(timings, "dense both", "ours both")},
             )
     return rows
 
@@ -198,7 +215,7 @@ def n_of_m(shape, patterns, shares, rounds: int) -> list[dict]:
             for name in names:
                 row[f"{name} / dense"] = ratio(timings, "dense", name)
                 row[f"{name} both / dense"] = ratio(timings, "dense both", f"{name} both")
-            rows.append(row)
+            add(rows, row)
     return rows
 
 
@@ -222,9 +239,10 @@ def main() -> None:
     shape, rounds = tuple(options.shape), options.rounds
     if "all" in options.parts:
         peer = Peer(options.peer, "block_sparse_peer.py")
-        rows = against_all(shape, options.blocks, options.densities, peer, rounds)
+        rows, versus = against_all(shape, options.blocks, options.densities, peer, rounds)
         peer.close()
-        show("all", "block-sparse products", rows)
+        show("all", "block-sparse products against dense ones", rows)
+        show("peers", "block-sparse products against sparse formats: how many times faster ours are", versus)
     if "rows" in options.parts:
         show("rows", "few rows", few_rows([1, 4, 16, 64], [32, 128], 0.1, 8192, rounds))
     if "xla" in options.parts:

@@ -177,6 +177,7 @@ def export_stablehlo(apply: Callable, params, example_inputs, *, platforms: tupl
 
     Raises:
         ImportError: flatbuffers, which JAX's serialization needs, is not installed.
+        ValueError: the model calls a kernel that is compiled for this machine.
 
     Example:
         >>> import jax.numpy as jnp
@@ -188,7 +189,15 @@ def export_stablehlo(apply: Callable, params, example_inputs, *, platforms: tupl
     from jax import export
 
     specs = jax.tree.map(_spec, example_inputs)
-    exported = export.export(jax.jit(lambda inputs: apply(params, inputs)), platforms=platforms)(specs)
+    try:
+        exported = export.export(jax.jit(lambda inputs: apply(params, inputs)), platforms=platforms)(specs)
+    except ValueError as error:
+        if "custom call" not in str(error):
+            raise
+        raise ValueError(
+            "the model calls a kernel that is compiled for this machine, which no artifact can hold: give its layers "
+            "and products implementation='xla', or set PALLAS_KERNELS_NATIVE=0 in the environment"
+        ) from error
     data = bytes(exported.serialize())
     return data + zlib.crc32(data).to_bytes(4, "little") + _SEAL  # readers of flatbuffers ignore what follows
 

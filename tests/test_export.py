@@ -18,8 +18,10 @@ from sparsejax.export import (
     load_stablehlo,
     save_safetensors,
 )
+from sparsejax.masks.block import Block
 from sparsejax.masks.from_params import masks_from_params
 from sparsejax.masks.paths import named_leaves
+from sparsejax.parameters import to_sparse
 from tests.nets import linen_net, nnx_net, plain_net
 
 NETS = pytest.mark.parametrize("make_net", [nnx_net, linen_net, plain_net])
@@ -254,3 +256,14 @@ def test_missing_packages_are_named(monkeypatch, tmp_path):
         export_stablehlo(lambda p, x: x * p["w"], params, jnp.ones(2))
     with pytest.raises(ImportError, match=f"needs flatbuffers: {remedy}"):
         load_stablehlo(artifact)
+
+
+def test_stored_weights_are_exported_without_native_kernels(monkeypatch):
+    params = to_sparse({"kernel": jnp.kron(jnp.eye(2), jnp.ones((4, 4)))}, None, Block((4, 4)))
+    x = jnp.ones((1, 8))
+    apply = lambda params, x: x @ params["kernel"]  # noqa: E731
+    if jax.default_backend() == "cpu":
+        with pytest.raises(ValueError, match="PALLAS_KERNELS_NATIVE=0"):
+            export_stablehlo(apply, params, x)
+    monkeypatch.setenv("PALLAS_KERNELS_NATIVE", "0")
+    np.testing.assert_array_equal(load_stablehlo(export_stablehlo(apply, params, x))(x), 4 * x)

@@ -223,7 +223,10 @@ def resolve(params, rules=None, structure=None) -> tuple[LeafPlan, ...]:
             raise ValueError(f"rules[{glob!r}] matches no leaf; mend the glob or remove it. The leaves are: {known}")
     if all(leaf.structure is None for leaf in plan):
         reasons = "; ".join(f"{leaf.path} is {leaf.reason}" for leaf in plan[:8])
-        raise ValueError(f"no leaf is sparse under these rules, so there is nothing to do: {reasons}")
+        fixed = (
+            "; patterns that stay are trained with from_masks(masks)" if any(is_stored(p) for _, p in leaves) else ""
+        )
+        raise ValueError(f"no leaf is sparse under these rules, so there is nothing to do: {reasons}{fixed}")
     return plan
 
 

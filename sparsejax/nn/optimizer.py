@@ -8,6 +8,7 @@ import optax
 from flax import nnx
 
 from sparsejax.nn.sparse_kernel import Indices, find_kernels, join, part
+from sparsejax.parameters.repack import repack
 
 
 class Optimizer(nnx.Optimizer):
@@ -60,6 +61,19 @@ class Optimizer(nnx.Optimizer):
         nnx.update(self.opt_state, nnx.state(state))
         self.step[...] += 1
         return updates
+
+    def repack(self, model, *, capacity=None):
+        """Gives stored weights the room that their blocks need now, and the state with them: `sparsejax.repack`.
+
+        Call it outside of jit, between steps.
+
+        Args:
+            model: the module.
+            capacity: as in `sparsejax.repack`.
+        """
+        params, state = repack(_whole(model, self.wrt), nnx.as_pure(self.opt_state), capacity=capacity)
+        nnx.update(model, part(find_kernels(model), params, {}))
+        nnx.update(self.opt_state, nnx.state(state))
 
 
 def _whole(model, wrt) -> dict:

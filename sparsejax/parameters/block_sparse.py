@@ -29,9 +29,10 @@ class BlockSparse(StoredWeight):
     bookkeeping; `sparsejax.value_and_grad` and `sparsejax.apply_updates` take care of both. Leading axes of `values`
     beyond the four stack layers, for `jax.lax.scan` and `jax.vmap`.
 
-    The number of slots never changes, so that nothing is compiled anew when blocks move. A slot is empty where the
-    weight keeps fewer blocks than there is room for; slots are balanced over `groups` of output columns, so that a mesh
-    axis that divides the groups can shard the leading axis of everything that is large.
+    The number of slots does not change with the blocks, so that nothing is compiled anew when they move; between steps
+    `repack` takes away the room that is no longer needed. A slot is empty where the weight keeps fewer blocks than
+    there is room for; slots are balanced over `groups` of output columns, so that a mesh axis that divides the groups
+    can shard the leading axis of everything that is large.
 
     Args:
         values: floating [..., groups, slots, block rows, block columns]; zero in empty slots and past the edge.

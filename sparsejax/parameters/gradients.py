@@ -43,8 +43,10 @@ def _zero_for_integers(gradient, leaf):
 def apply_updates(params, updates):
     """Adds updates to parameters; those of stored weights also move their blocks.
 
-    The updates of indices are differences, so that this is `optax.apply_updates`, and loops that call that need no
-    change.
+    What `sparsify` says of indices are whole differences, so that after it `optax.apply_updates`, which other loops
+    call, does the same. An optimizer without `sparsify` takes indices for weights, and its weight decay would shrink
+    them: this function lets no such update through, `optax.apply_updates` does. So wrap the optimizer also where blocks
+    stay where they are, `sparsify(optax.adamw(1e-3), from_masks(masks))`, or call this function.
 
     Args:
         params: the parameters.
@@ -57,4 +59,9 @@ def apply_updates(params, updates):
         >>> apply_updates({"weight": jnp.array([1.0])}, {"weight": jnp.array([0.5])})["weight"].tolist()
         [1.5]
     """
-    return optax.apply_updates(params, updates)
+    return optax.apply_updates(params, jax.tree.map(_whole, updates, params))
+
+
+def _whole(update, leaf):
+    fits = jnp.issubdtype(jnp.result_type(update), jnp.integer) or not jnp.issubdtype(leaf.dtype, jnp.integer)
+    return update if fits else jnp.zeros_like(leaf)

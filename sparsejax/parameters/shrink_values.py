@@ -92,17 +92,21 @@ def _forward_all(closed, arguments, parameters: int) -> dict:
         return [inside[variable] for equation in jaxpr.eqns for variable in equation.outvars]
 
     results = iter(run(closed.consts, arguments))
-    values = {
-        v: (np.asarray(c), np.ones(np.shape(c), bool)) for v, c in zip(jaxpr.constvars, closed.consts, strict=True)
-    }
+    values = {v: (_plain(c), np.ones(np.shape(c), bool)) for v, c in zip(jaxpr.constvars, closed.consts, strict=True)}
     for position, (variable, argument) in enumerate(zip(jaxpr.invars, arguments, strict=True)):
-        values[variable] = np.asarray(argument), np.full(np.shape(argument), position < parameters)
+        values[variable] = _plain(argument), np.full(np.shape(argument), position < parameters)
     for equation in jaxpr.eqns:
         operands = [read_value(values, variable) for variable in equation.invars]
         constants = _forward(equation, operands)
         for variable, constant in zip(equation.outvars, constants, strict=True):
-            values[variable] = np.asarray(next(results)), np.broadcast_to(constant, variable.aval.shape)
+            values[variable] = _plain(next(results)), np.broadcast_to(constant, variable.aval.shape)
     return values
+
+
+def _plain(value) -> np.ndarray:
+    """The values; zeros for random keys, which numpy does not know and nothing computes with but what draws."""
+    is_key = jnp.issubdtype(jnp.result_type(value), jax.dtypes.prng_key)
+    return np.zeros(np.shape(value), bool) if is_key else np.asarray(value)
 
 
 def summed_axes(equation, operand: int) -> tuple[int, ...]:

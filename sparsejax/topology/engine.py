@@ -31,7 +31,7 @@ def plan_leaves(params, algorithm: Algorithm, rules=None) -> tuple[LeafPlan, ...
     never = algorithm.steps == NEVER
     plan = _resolved_or_dense(params, algorithm, rules, never)
     shapes = {leaf.path: leaf.shape for leaf in plan}
-    stored = {leaf.path for leaf in plan if leaf.stored}  # what they store is their starting mask
+    stored = {path for path, leaf in named_leaves(params, is_stored) if is_stored(leaf)}  # that is their starting mask
     for path, mask in given.items():
         if path in stored:
             continue
@@ -41,7 +41,7 @@ def plan_leaves(params, algorithm: Algorithm, rules=None) -> tuple[LeafPlan, ...
             raise ValueError(f"{path}: the starting mask is {mask.dtype}{mask.shape}; it must be bool{shapes[path]}")
     merged = []
     for leaf in plan:
-        if leaf.stored:
+        if leaf.path in stored:
             merged.append(leaf)
         elif leaf.path not in given:
             merged.append(LeafPlan(leaf.path, leaf.shape, None, None, None, "dense: no starting mask"))
@@ -51,7 +51,7 @@ def plan_leaves(params, algorithm: Algorithm, rules=None) -> tuple[LeafPlan, ...
             merged.append(LeafPlan(leaf.path, leaf.shape, None, Unstructured(), None, "sparse: starting mask"))
         else:
             merged.append(leaf)
-    if not any(leaf.stored or leaf.structure is not None for leaf in merged):
+    if not stored and all(leaf.structure is None for leaf in merged):
         raise ValueError(
             "no leaf has a starting mask, so there is nothing to do; give a bool mask for each sparse leaf"
         )

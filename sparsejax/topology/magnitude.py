@@ -109,7 +109,9 @@ def gradual(
     """Gradual magnitude pruning on the cubic schedule (Zhu & Gupta 2017, arXiv:1710.01878).
 
     Masks move at `begin`, every `update_every` steps after it, and at `end`, where the target is reached, counted in
-    parts per million. Masks are nested: a pruned weight is zero, its moments are zeroed, and it never returns.
+    parts per million. Masks are nested: a pruned weight is zero, its moments are zeroed, and it never returns. Weights
+    that are stored in blocks begin with room for `initial`; memory follows the density where `sparsejax.repack` is
+    called now and then.
 
     Args:
         sparsity: the final fraction of zeros, in [0, 1).

@@ -102,7 +102,8 @@ def sparsify(
     if not isinstance(algorithm, Algorithm):
         raise TypeError(f"sparsify needs an algorithm such as sparsejax.rigl(0.9), not {algorithm!r}")
     if not isinstance(inner, optax.GradientTransformation):
-        raise TypeError(f"sparsify wraps an optax optimizer such as optax.adam(1e-3), not {inner!r}")
+        wrapped = ": call its gradient_transformation()" if hasattr(inner, "gradient_transformation") else ""
+        raise TypeError(f"sparsify wraps an optax optimizer such as optax.adam(1e-3), not {inner!r}{wrapped}")
     inner = _with_extra_args(inner)
     if algorithm.gradient is not None:
         inner = optax.chain(algorithm.gradient, inner)

@@ -55,6 +55,12 @@ def test_pruned_inputs_leave_a_constant_that_the_next_bias_takes():
     assert "shift: constants of pruned units folded in" in str(report)
 
 
+def test_random_numbers_of_a_fixed_key_are_inputs_like_others():
+    apply = lambda p, x: apply_mlp(p, x + jax.random.normal(jax.random.key(1), x.shape))  # noqa: E731
+    small, _ = check(apply, mlp(), {"up": columns((4, 8), 1, [1, 5, 6])}, X)
+    assert small["up"].shape == (4, 5)
+
+
 def test_without_a_bias_the_units_stay_and_the_report_says_why():
     small, report = check(apply_mlp, mlp(bias=False), {"up": columns((4, 8), 1, [1, 5, 6])}, X)
     assert small["up"].shape == (4, 8)

@@ -1,6 +1,7 @@
 """Stored weights: exact conversion, products, what they look like, and checkpoints on other meshes."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -15,7 +16,9 @@ from sparsejax.checkpoint import Checkpointer
 from sparsejax.masks.block import Block
 from sparsejax.masks.nm import NM
 from sparsejax.masks.roles import Roles, convolution_roles
-from sparsejax.parameters import BlockSparse, NMSparse, to_dense, to_sparse, value_and_grad
+from sparsejax.parameters import BlockSparse, NMSparse, apply_updates, to_dense, to_sparse, value_and_grad
+from sparsejax.topology.dynamic import from_masks
+from sparsejax.transforms.sparsify import sparsify
 
 
 def weight(shape, structure, sparsity=0.5, seed=0, **options):
@@ -171,6 +174,30 @@ def test_checkpoints_come_back_on_another_mesh(tmp_path):
     chex.assert_trees_all_equal(restored, state)
     assert restored["kernel"].sharding.spec[0] == "model"
     assert restored["kernel"].structure == stored.structure
+
+
+@pytest.mark.parametrize(("structure", "wrapped"), [(Block((4, 4)), False), (NM(2, 4), False), (NM(2, 4), True)])
+def test_patterns_that_stay_are_trained_by_any_optimizer(structure, wrapped):
+    """Weight decay of an optimizer that knows nothing of indices does not move them."""
+    dense, stored = weight((8, 12), structure)
+    mask = dense != 0
+    x = jax.random.normal(jax.random.key(5), (6, 8))
+    optimizer = plain = optax.adamw(0.1, weight_decay=0.5)
+    if wrapped:
+        optimizer = sparsify(plain, from_masks({"kernel": mask}))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def train(optimizer, params, mask):
+        state = optimizer.init(params)
+        for _ in range(3):
+            _, grads = value_and_grad(lambda params: jnp.sum(jnp.sin(x @ params["kernel"])))(params)
+            grads = grads if mask is None else {"kernel": grads["kernel"] * mask}
+            updates, state = optimizer.update(grads, state, params)
+            params = apply_updates(params, updates)
+        return to_dense(params)
+
+    got = train(optimizer, {"kernel": stored}, None)
+    chex.assert_trees_all_close(got, train(plain, {"kernel": dense}, mask), atol=1e-5)
 
 
 @pytest.mark.parametrize(
