@@ -191,7 +191,8 @@ class Checkpointer:
         if good is None and not isinstance(problem, DamagedCheckpointError):
             raise problem  # what was asked for was never saved
         remedy = "no other step verifies" if good is None else f"restore step={good}, the newest one that verifies"
-        raise DamagedCheckpointError(f"{self._name(step)} is damaged: {problem}; {remedy}", problem.leaf, good)
+        message = f"{self._name(step)} is damaged: {problem}; {remedy}"
+        raise DamagedCheckpointError(message, problem.leaf, good) from problem.__cause__
 
     def _name(self, step: int) -> str:
         return str(self.directory / str(step))
@@ -224,13 +225,13 @@ class Checkpointer:
     def _manifest(self, step: int) -> tuple[dict[str, LeafRecord], list[int] | None]:
         """The records of the leaves and the checksums of the iterator's position."""
         metadata, problem = read_files(lambda: ocp.metadata(self.directory / str(step)).custom_metadata)
-        if not problem and "sparsejax" not in (metadata or {}):
-            problem = (
-                "its metadata is lost, or it was not saved by sparsejax.checkpoint: then read its params with Orbax "
-                "and get masks from the zeros in them, sparsejax.masks_from_params(params)"
-            )
         if problem:
-            raise DamagedCheckpointError(f"it has no checksums ({problem})")
+            raise DamagedCheckpointError("its metadata, with the checksums, cannot be read") from problem
+        if "sparsejax" not in (metadata or {}):
+            raise DamagedCheckpointError(
+                "it has no checksums (its metadata is lost, or it was not saved by sparsejax.checkpoint: then read its "
+                "params with Orbax and get masks from the zeros in them, sparsejax.masks_from_params(params))"
+            )
         manifest = metadata["sparsejax"]
         try:
             version = manifest["format"]
@@ -251,20 +252,20 @@ class Checkpointer:
                 for name, request in ((name, {name: leaf}) for name, leaf in _stored(requests).items())
             }
             leaf = next((name for name, trouble in each.items() if trouble), None)
+            where = "" if problem else " by another process"
             raise DamagedCheckpointError(
-                f"{leaf or 'its state'} cannot be read ({problem or 'by another process'})", leaf
-            )
+                f"{leaf or 'its state'} cannot be read{where}, its files are cut short or not what was written", leaf
+            ) from problem
         loaded = leaves_by_name(jax.tree.map(lambda leaf: None if leaf is ocp.PLACEHOLDER else leaf, loaded))
         return {name: loaded[name] if name in loaded else _empty(request) for name, request in requests.items()}
 
     def _load_data(self, step: int, data, expected: list[int]) -> None:
         position = data.get_state()
         _, problem = read_files(lambda: ocp.load_checkpointables(self.directory / str(step), {"data": data}))
-        if not problem and (found := data_checksums(data)) != expected:
-            problem = f"its checksum is {found}, expected {expected}"
-        if problem:
+        if problem or (found := data_checksums(data)) != expected:
             data.set_state(position)
-            raise DamagedCheckpointError(f"the state of the data iterator cannot be read ({problem})", "data")
+            wrong = "cannot be read" if problem else f"has checksum {found}, expected {expected}"
+            raise DamagedCheckpointError(f"the position of the data iterator {wrong}", "data") from problem
 
 
 def _on_any_process(here: bool) -> bool:

@@ -8,12 +8,11 @@ import warnings
 
 
 def read_files(load):
-    """Returns what `load()` returns and None, or None and what is wrong with the files; call it inside `silence`."""
+    """Returns what `load()` returns and None, or None and an `OSError` that says why; call it inside `silence`."""
     try:
         return load(), None
     except Exception as error:  # whatever Orbax and its readers raise for damaged files
-        lines = str(error).strip().splitlines() or [""]
-        return None, f"{type(error).__name__}: {lines[0][:200]}"
+        return None, OSError(f"{type(error).__name__}: {str(error).strip()[:2000]}")
 
 
 @contextlib.contextmanager
