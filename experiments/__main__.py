@@ -17,6 +17,7 @@ import sys
 import traceback
 
 USAGE = __doc__.split("\n", 2)[2]
+REFUSED = 2  # exit status where starting again would not help
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: what follows `python -m experiments`; by default what the process was given.
 
     Returns:
-        The exit status: 0, 1 where something could not be done, 2 for a command that cannot be understood.
+        The exit status: 0, 1 where something could not be done, 2 for a command or a configuration that is refused.
     """
     match sys.argv[1:] if arguments is None else arguments:
         case ["list"]:
@@ -81,12 +82,15 @@ def _run(name: str, fields: list[str]) -> int:
 
     experiment = experiments[name]
     config, machines = _parse(tyro, name, experiment.config, fields, Machines(), alone=isinstance(experiment, Study))
-    failures = (UsageError, CheckpointError, DisagreementError, LateError, DivergedError)
+    failures = (CheckpointError, DisagreementError, LateError, DivergedError)
     try:
         if isinstance(experiment, Study):
             experiment.run(config)
         else:
             run_experiment(experiment, config, machines=machines)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return _leave(REFUSED, machines)
     except failures as error:
         print(f"error: {error}", file=sys.stderr)
         return _leave(1, machines)
@@ -105,10 +109,42 @@ def _run(name: str, fields: list[str]) -> int:
     return 0
 
 
+def check(arguments: list[str]) -> int:
+    """What `main` says of a run before anything is started: for launchers, so that one process says it.
+
+    Args:
+        arguments: as those of `main`.
+
+    Returns:
+        The exit status; 0 where nothing is wrong.
+    """
+    from experiments.experiment import Study, UsageError
+    from experiments.machines import Machines
+    from experiments.runs import check_config
+
+    match arguments:
+        case ["run", name, *fields] if name in _experiments():
+            experiment = _experiments()[name]
+        case ["run", *_]:
+            return main(arguments)  # says what is known
+        case _:
+            return _refuse("several processes take `run NAME ...` only")
+    if isinstance(experiment, Study):
+        return _refuse(f"{name} is a study, which runs in one process: python -m experiments run {name}")
+    import tyro
+
+    try:
+        check_config(_parse(tyro, name, experiment.config, fields, Machines(), alone=False)[0])
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return REFUSED
+    return 0
+
+
 def _compile(name: str, fields: list[str]) -> int:
     import tyro
 
-    from experiments.compile import BYTE_POD, Target, run
+    from experiments.compile import BYTE_POD, CompileError, Target, run
     from experiments.configs import EXPERIMENTS
     from experiments.experiment import UsageError
 
@@ -133,6 +169,9 @@ def _compile(name: str, fields: list[str]) -> int:
         return run(name, config, target)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
+        return REFUSED
+    except CompileError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
 
 
@@ -152,8 +191,11 @@ def _parse(tyro, name: str, config, fields: list[str], machines, *, alone: bool)
 
 def _leave(status: int, machines) -> int:
     """Ends one process of several at once: in the ordinary way it would wait for those that hang without it."""
-    if machines.coordinator and status == 1:
+    if machines.coordinator and status in (1, REFUSED):
+        from experiments.processes import leave_together
+
         sys.stderr.flush()
+        leave_together()
         os._exit(status)
     return status
 
@@ -179,7 +221,7 @@ def _similar(name: str, known) -> str:
 
 def _refuse(problem: str) -> int:
     print(f"error: {problem}\n\n{USAGE}", file=sys.stderr)
-    return 2
+    return REFUSED
 
 
 if __name__ == "__main__":

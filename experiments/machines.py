@@ -35,7 +35,7 @@ class Machines:
     patience: float = 600.0
     # steps between two comparisons of all copies of the network; 0 compares at the start and at the end only
     compare_every: int = 1000
-    # folder for a profile of three steps, 10 to 12, for TensorBoard or xprof
+    # folder for a profile of three steps, from the eleventh on where there are so many, for TensorBoard or xprof
     profile: str = ""
 
     @property
@@ -87,24 +87,27 @@ class PreemptionNotice:
 
 
 class Profile:
-    """Writes a profile of a few steps, once they have been compiled.
+    """Writes a profile of three steps: the eleventh to the thirteenth of this process, or the last ones of fewer.
 
     Args:
         folder: where to; empty for none.
-        begin: the step before which it starts, counted from the first step of this process.
-        steps: how many.
+        total: steps that this process will take; the first compiles, and is left out where there are others.
     """
 
-    def __init__(self, folder: str, begin: int = 10, steps: int = 3):
-        self._folder, self._begin, self._end, self._step = folder, begin, begin + steps, 0
+    def __init__(self, folder: str, total: int):
+        self._folder, self._step = folder, 0
+        self._begin = max(min(10, total - 3), min(1, total - 1))
+        self._end = min(self._begin + 3, total)
         self._running = contextlib.ExitStack()
 
-    def step(self) -> None:
-        """To be called before every step."""
-        if self._folder and self._step == self._begin:
-            self._running.enter_context(jax.profiler.trace(Path(self._folder).absolute()))
-        if self._step == self._end:
-            self._running.close()
+    def step(self, state) -> None:
+        """To be called before every step, with arrays that the steps before compute."""
+        if self._folder and self._step in (self._begin, self._end):
+            jax.block_until_ready(state)
+            if self._step == self._begin:
+                self._running.enter_context(jax.profiler.trace(Path(self._folder).absolute()))
+            else:
+                self._running.close()
         self._step += 1
 
     def __enter__(self):

@@ -4,6 +4,7 @@ All of it goes through JAX's coordination service, which the first process hosts
 it still answers when a collective operation hangs because one process is missing from it.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -88,6 +89,14 @@ def barrier(what: str, patience: float) -> None:
         late = set(range(jax.process_count())) - here
         who = in_words(late) + " did not come" if late else str(error).splitlines()[0]
         raise LateError(f"waited {patience:g} s for all processes at: {what}; {who}") from error
+
+
+def leave_together(seconds: float = 5.0) -> None:
+    """Waits a little for processes that end for the same reason: JAX aborts those that the first one leaves behind."""
+    client = coordination_client()
+    if client is not None:
+        with contextlib.suppress(Exception):  # others may be gone, or have no reason to end
+            client.wait_at_barrier("leave", int(1000 * seconds))
 
 
 def from_first(function: Callable[[], object], patience: float):

@@ -43,11 +43,14 @@ def run_experiment(
         DivergedError: after everything else has run, that some runs ended in what is no number.
         DisagreementError: processes were started with different configurations or data.
     """
-    _check(config)
+    check_config(config)
     machines.start()
     layout = machines.layout()
     folder = Path(from_first(lambda: str(output_folder(experiment.name, config)), machines.patience))
-    task = experiment.task(config)
+    try:
+        task = experiment.task(config)
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
     agree(dataclasses.asdict(config) | {"data": task.digest, "mesh": machines.mesh}, machines.patience)
     try:
         variants = [Variant(experiment, config, name, task, layout) for name in config.algorithms]
@@ -168,7 +171,8 @@ def _as_typed(name: str, value) -> str:
     return " ".join([f"--{flag}", *(map(str, value) if isinstance(value, list) else [str(value) or "''"])])
 
 
-def _check(config) -> None:
+def check_config(config) -> None:
+    """Raises `UsageError` for what no experiment can do."""
     for name in ("steps", "batch_size", "log_every", "eval_every", "save_every", "update_every", "keep_checkpoints"):
         if getattr(config, name) < 1:
             raise UsageError(f"{name} is {getattr(config, name)}; it must be 1 or more")

@@ -84,9 +84,16 @@ def train(
         last = log.last("train")
         started = time.monotonic() - (last["seconds"] if step and last else 0.0)
         before = _copy(variant.masks(state))
-        bar = tqdm(total=config.steps, initial=step, desc=f"{variant.name:>10} seed {seed}", disable=not progress)
+        bar = tqdm(
+            total=config.steps,
+            initial=step,
+            desc=f"{variant.name:>10} seed {seed}",
+            disable=not progress,
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,  # in files and pipes every state of it is a line
+        )
         speed = Speed(config.batch_size)
-        with log, bar, Profile(machines.profile if machines.first else "") as profile:
+        profile = Profile(machines.profile if machines.first else "", config.steps - step)
+        with log, bar, profile:
             if newest is None:
                 _log_masks(log, variant, state, step, before)
                 _log_quality(log, variant, state, step)
@@ -97,7 +104,7 @@ def train(
                         watch.doing(READING, step)
                         batch = next(data)
                         watch.doing(STEPPING, step)
-                        profile.step()
+                        profile.step(state)
                         state, loss_and_kept = variant.run_step(state, variant.place(batch), np.uint32(seed))
                         seen.append(loss_and_kept)
                         step += 1

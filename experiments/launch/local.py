@@ -2,8 +2,9 @@
 
     python -m experiments.launch.local --processes 2 --devices 4 -- run bytes_lm --mesh 2 2 2 --output runs/two
 
-When one process fails, the others are ended; with --restarts they then all start again, with --resume. SIGTERM is
-passed on to all, which save and stop.
+When one process fails, the others are ended; with --restarts they then all start again, with --resume, unless what was
+asked for cannot be run at all. What several processes say alike is shown once. SIGTERM is passed on to all, which save
+and stop.
 """
 
 import argparse
@@ -14,6 +15,8 @@ import subprocess
 import sys
 import threading
 import time
+
+from experiments.__main__ import REFUSED, check
 
 TOGETHER = 10.0  # seconds that the other processes have to end by themselves once one has failed
 
@@ -26,7 +29,7 @@ class Job:
         processes: how many.
         devices: CPU devices of each; None takes what is there.
         environment: variables that differ from this process's.
-        output: called with each line that a process prints, and its number.
+        output: called with the number of a process and a line that it prints.
 
     Attributes:
         workers: the processes, `subprocess.Popen`.
@@ -40,7 +43,7 @@ class Job:
             flags.append(f"--xla_force_host_platform_device_count={devices}")
             environment |= {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
         address = f"127.0.0.1:{_free_port()}"
-        self._output = output or (lambda index, line: print(f"[{index}] {line}", flush=True))
+        self._output = output or _showing()
         self.workers = []
         self._readers = []
         for index in range(processes):
@@ -70,7 +73,8 @@ class Job:
             failed = next((state for state in states if state), None)
             if failed is not None:
                 how = f"was ended by {signal.Signals(-failed).name}" if failed < 0 else f"failed with status {failed}"
-                self._output(states.index(failed), f"this process {how}; the others end too, and --resume goes on")
+                if failed != REFUSED:
+                    self._output(states.index(failed), f"this process {how}; the others end too, and --resume goes on")
                 self._end()
                 return failed
             if all(state == 0 for state in states):
@@ -96,6 +100,17 @@ class Job:
                 worker.send_signal(number)
 
 
+def _showing():
+    """Prints lines with the number of their process, without what another one has said already, and empty ones."""
+    said = {}
+
+    def show(index: int, line: str) -> None:
+        if line.strip() and said.setdefault(line, index) == index:
+            print(f"[{index}] {line}", flush=True)
+
+    return show
+
+
 def _free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -117,6 +132,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("command", nargs="+", help="what follows `python -m experiments`")
     options = parser.parse_args(arguments)
     command = list(options.command)
+    if status := check(command):
+        return status
     stopped = threading.Event()
     for attempt in range(options.restarts + 1):
         job = Job(command, processes=options.processes, devices=options.devices)
@@ -128,7 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, stop)
         status = job.wait()
-        if status == 0 or stopped.is_set() or attempt == options.restarts:
+        if status in (0, REFUSED) or stopped.is_set() or attempt == options.restarts:
             return status if status >= 0 else 128 - status
         print(f"a process ended with status {status}; all start again from the newest checkpoint", flush=True)
         command += ["--resume"] * ("--resume" not in command)

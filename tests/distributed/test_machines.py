@@ -1,15 +1,17 @@
 """What is watched of a run on its machines."""
 
+import contextlib
 import os
 import signal
 import time
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from experiments.chips import peak_flops
 from experiments.experiment import UsageError
-from experiments.machines import Machines, PreemptionNotice, Speed
+from experiments.machines import Machines, PreemptionNotice, Profile, Speed
 
 
 def test_a_mesh_with_two_open_sides_is_refused():
@@ -34,6 +36,24 @@ def test_speed_leaves_out_the_steps_that_compile():
         ("mfu_sparse", 20 / 1e6),
     ]:
         assert found[name] == pytest.approx(factor * found["steps_per_second"], rel=2e-3), name
+
+
+@pytest.mark.parametrize(("total", "profiled"), [(40, [10, 11, 12]), (12, [9, 10, 11]), (2, [1]), (1, [0]), (0, [])])
+def test_short_runs_are_profiled_too(tmp_path, monkeypatch, total, profiled):
+    running, seen = [], []
+
+    @contextlib.contextmanager
+    def trace(folder):
+        running.append(folder)
+        yield
+        running.clear()
+
+    monkeypatch.setattr(jax.profiler, "trace", trace)
+    with Profile(str(tmp_path), total) as profile:
+        for step in range(total):
+            profile.step(())
+            seen += [step] * len(running)
+    assert (seen, running) == (profiled, [])
 
 
 def test_the_peak_is_known_of_known_chips_only():

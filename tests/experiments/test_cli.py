@@ -77,15 +77,16 @@ def test_bad_fields_say_what_is_allowed(capsys, fields, message):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "status", "message"),
     [
-        (["run", "digits_dst", "--sparsity", "1.5"], "error: "),
-        (["report", "nowhere"], "error: nowhere is not a folder"),
+        (["run", "digits_dst", "--sparsity", "1.5"], 2, "error: "),
+        (["run", "bytes_lm", "--length", "100000000"], 2, "error: "),
+        (["report", "nowhere"], 1, "error: nowhere is not a folder"),
     ],
 )
-def test_what_cannot_be_done_is_one_line(capsys, tmp_path, monkeypatch, arguments, message):
+def test_what_cannot_be_done_is_one_line(capsys, tmp_path, monkeypatch, arguments, status, message):
     monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 1
+    assert main(arguments) == status
     err = capsys.readouterr().err
     assert err.startswith(message)
     assert "Traceback" not in err
@@ -131,9 +132,9 @@ def test_a_second_run_takes_the_next_folder_and_resume_the_last(capsys, tmp_path
     out = capsys.readouterr().out
     assert "into runs/digits_dst-2" in out
     assert "dense seed 3: finished already" in out
-    assert main([*command, "--resume", "--sparsity", "0.5"]) == 1
+    assert main([*command, "--resume", "--sparsity", "0.5"]) == 2
     assert "was started with sparsity=0.98 and cannot be resumed with sparsity=0.5" in capsys.readouterr().err
-    assert main([*command, "--output", "runs/digits_dst"]) == 1
+    assert main([*command, "--output", "runs/digits_dst"]) == 2
     assert "continue it with --resume" in capsys.readouterr().err
 
 
@@ -142,10 +143,10 @@ def test_runs_of_other_settings_do_not_share_a_table(capsys, tmp_path, monkeypat
     command = ["run", "digits_dst", *TINY, "--output", "mixed"]
     assert main([*command, "--algorithms", "dense"]) == 0
     capsys.readouterr()
-    assert main([*command, "--algorithms", "static", "--hidden", "9", "4"]) == 1
+    assert main([*command, "--algorithms", "static", "--hidden", "9", "4"]) == 2
     err = capsys.readouterr().err
     assert "cannot share a table with hidden=[9, 4]: pass --hidden 8, or start anew in another --output" in err
-    assert main(["run", "digits_vit", "--output", "mixed", "--steps", "20", "--algorithms", "static"]) == 1
+    assert main(["run", "digits_vit", "--output", "mixed", "--steps", "20", "--algorithms", "static"]) == 2
     assert "was started with experiment=digits_dst and cannot share a table with" in capsys.readouterr().err
 
 
@@ -176,7 +177,7 @@ def test_a_run_that_diverges_is_no_result_and_the_others_go_on(capsys, tmp_path,
 def test_a_folder_that_cannot_be_written(capsys, tmp_path, monkeypatch, place):
     monkeypatch.chdir(tmp_path)
     Path("a_file").write_text("")
-    assert main(["run", "digits_dst", *TINY, "--algorithms", "dense", "--output", place]) == 1
+    assert main(["run", "digits_dst", *TINY, "--algorithms", "dense", "--output", place]) == 2
     assert f"error: nothing can be written into {place}/dense/seed3" in capsys.readouterr().err
 
 
@@ -202,7 +203,7 @@ def test_damaged_folders_are_errors(capsys, tmp_path, monkeypatch, name, content
     assert main(["report", "runs/digits_dst"]) == 1
     assert message in capsys.readouterr().err
     if name == "config.json":
-        assert main([*command, "--resume"]) == 1
+        assert main([*command, "--resume"]) == 2
         assert f"{message}" in capsys.readouterr().err
 
 
@@ -220,5 +221,5 @@ def test_damaged_folders_are_errors(capsys, tmp_path, monkeypatch, name, content
 )
 def test_configurations_that_cannot_be_run(capsys, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    assert main(["run", "digits_dst", *TINY, *arguments]) == 1
+    assert main(["run", "digits_dst", *TINY, *arguments]) == 2
     assert message in capsys.readouterr().err

@@ -62,7 +62,7 @@ def test_seer_attention_with_every_block_is_dense(tmp_path):
     ],
 )
 def test_impossible_configurations_are_refused(capsys, arguments, message):
-    assert main(["run", *arguments]) == 1
+    assert main(["run", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -1,0 +1,71 @@
+"""What the launchers start, and what they refuse to start."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.launch import local
+
+LAUNCH = Path(local.__file__).parent
+CLOUD = {
+    "tpu_vm.sh": {"TPU": "slice", "ZONE": "zone", "BUCKET": "gs://bucket/some/runs"},
+    "gke.sh": {"CLUSTER": "c", "ZONE": "zone", "PROJECT": "p", "TPU_TYPE": "v5p-8", "BUCKET": "gs://bucket/some/runs"},
+}
+
+
+def dry(script: str, *arguments: str, **changes: str) -> subprocess.CompletedProcess:
+    environment = {"PATH": os.environ["PATH"], "HOME": "/", "DRY_RUN": "1", **CLOUD[script], **changes}
+    return subprocess.run([LAUNCH / script, *arguments], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("script", CLOUD)
+def test_arguments_reach_the_workers_as_they_were_given(script):
+    arguments = ["run", "bytes_lm", "--dense-layers", "two words", "it's", "$HOME", '"', "*", "--mesh", "-1", "16", "1"]
+    done = dry(script, *arguments)
+    assert done.returncode == 0, done.stderr
+    last = shlex.split(done.stdout.splitlines()[-1])
+    command = last[last.index("--command") + 1]
+    assert "--only-dir some/runs bucket" in done.stdout.replace("\\", "")
+    said = f"printf '%s\\n' {command[command.index('-m experiments') :]}"  # what bash makes of it on the worker
+    heard = subprocess.run(["bash", "-c", said], capture_output=True, text=True)
+    words = heard.stdout.splitlines()
+    assert words[:2] == ["-m", "experiments"]
+    assert words[2 : 2 + len(arguments)] == arguments
+    assert words[2 + len(arguments) :][2:4] == ["--coordinator", "auto"]
+
+
+@pytest.mark.parametrize("script", CLOUD)
+def test_cloud_scripts_say_what_is_missing(script):
+    assert "usage: " in dry(script, "compile", "byte_pod").stderr
+    lacking = dry(script, "run", "bytes_lm", ZONE="")
+    assert lacking.returncode != 0
+    assert "ZONE" in lacking.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["run", "bytes_lm", "--steps", "0"], "error: steps is 0; it must be 1 or more\n"),
+        (["run", "quest"], "error: quest is a study, which runs in one process"),
+        (["run", "bytes"], "error: no experiment 'bytes', did you mean 'bytes_lm'?"),
+        (["list"], "error: several processes take `run NAME ...` only"),
+    ],
+)
+def test_what_cannot_be_run_is_said_once_and_nothing_is_started(monkeypatch, capsys, command, message):
+    monkeypatch.setattr(local, "Job", None)
+    assert local.main(["--", *command]) == 2
+    assert capsys.readouterr().err.startswith(message)
+
+
+def test_what_processes_say_alike_is_shown_once(monkeypatch, capsys):
+    """A stand-in for `python -m experiments`: both processes refuse alike, and it is not tried again."""
+    refusing = [sys.executable, "-c", "print('error: no data'); print(); raise SystemExit(2)"]
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: popen(refusing, **options))
+    monkeypatch.setattr(local.signal, "signal", lambda *_: None)
+    assert local.main(["--restarts", "3", "--", "run", "bytes_lm"]) == 2
+    assert capsys.readouterr().out.split("] ", 1)[1] == "error: no data\n"
