@@ -111,6 +111,11 @@ def _convolution(module) -> dict:
     }
 
 
+def _transposed_convolution(module) -> dict:
+    inputs, outputs = module.kernel.shape[-2:][:: -1 if module.transpose_kernel else 1]
+    return {"kernel_shape": tuple(module.kernel.shape), "in_features": inputs, "out_features": outputs}
+
+
 def _norm(module) -> dict:
     arrays = (getattr(module, name, None) for name in ("scale", "bias", "mean"))
     sizes = [array.shape[-1] for array in arrays if array is not None and array.shape]
@@ -151,6 +156,7 @@ _SIZES = (
     (nnx.Linear, _linear),
     (nnx.LinearGeneral, _linear_general),
     (nnx.Conv, _convolution),
+    (nnx.ConvTranspose, _transposed_convolution),
     (nnx.Embed, _embedding),
     (nnx.BatchNorm | nnx.LayerNorm | nnx.RMSNorm, _norm),
     (nnx.GroupNorm, _group_norm),

@@ -131,3 +131,40 @@ def test_a_module_that_holds_a_size_of_its_own():
     smaller, _ = shrink_model(model, masks, x, resize=resize)
     assert smaller.width == 5
     np.testing.assert_allclose(outputs(smaller, x), masked_outputs(model, masks, x), rtol=1e-5)
+
+
+class UNet(nnx.Module):
+    """A skip connection by concatenation around a strided and a transposed convolution, and squeeze-and-excitation."""
+
+    def __init__(self, rngs):
+        self.conv_down = nnx.Conv(2, 8, (3, 3), use_bias=False, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, use_running_average=True, rngs=rngs)
+        self.conv_low = nnx.Conv(8, 12, (3, 3), strides=2, rngs=rngs)
+        self.squeeze, self.excite = nnx.Linear(12, 4, rngs=rngs), nnx.Linear(4, 12, rngs=rngs)
+        self.conv_up = nnx.ConvTranspose(12, 6, (2, 2), strides=(2, 2), rngs=rngs)
+        self.conv_out = nnx.Conv(14, 2, (3, 3), rngs=rngs)
+
+    def __call__(self, x):
+        high = nnx.relu(self.norm(self.conv_down(x)))
+        low = nnx.silu(self.conv_low(high))
+        low = low * jax.nn.sigmoid(self.excite(nnx.relu(self.squeeze(low.mean((1, 2))))))[:, None, None]
+        return self.conv_out(jnp.concatenate([nnx.silu(self.conv_up(low)), high], axis=-1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_unet_shrinks_whatever_is_pruned(tied):
+    model, x = scatter(UNet(nnx.Rngs(0))), jax.random.normal(jax.random.key(1), (2, 8, 8, 2))
+    params = nnx.state(model, nnx.Param)
+    groups = model_groups(model, x[:1])
+    assert sorted(group.size for group in groups.free.values()) == [4, 6, 8, 12]
+    masks = groups.prune(params, 0.5)
+    if not tied:  # outputs of each kernel by itself, as training by channels does it
+        random = np.random.default_rng(0)
+        outputs_of = lambda leaf: random.random(leaf.shape[-1]) < 0.6  # noqa: E731
+        masks = map_with_names(lambda _, p: jnp.broadcast_to(outputs_of(p), p.shape) if p.ndim > 1 else None, params)
+    smaller, report = shrink_model(model, masks, x[:1])
+    np.testing.assert_allclose(outputs(smaller, x), masked_outputs(model, masks, x), rtol=1e-4, atol=1e-5)
+    assert report.parameters[1] < (0.35 if tied else 1.0) * report.parameters[0]
+    if tied:
+        assert (smaller.conv_up.in_features, smaller.conv_up.out_features) == (6, 3)
