@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.channels_last import convolve
 from sparsejax.convolution import SiteMask, apply_mask, masked_global_pool
+from sparsejax.convolution.shapes import pads
 from sparsejax.nn import MaskedBatchNorm, MaskedConv
-from sparsejax.nn.sparse_conv import windows
 
 CONV_INIT = nnx.initializers.he_normal()
 
@@ -20,17 +21,17 @@ CONV_INIT = nnx.initializers.he_normal()
 def conv_function(dims: int):
     """What computes the convolutions of a network, for `conv_general_dilated` of `nnx.Conv`.
 
-    XLA's own of volumes is slow on CPU, so that there a product with all windows takes its place.
+    XLA's own of volumes is slow on CPU, so that there those of their planes are added up.
 
     Args:
         dims: dimensions of space.
     """
-    return jax.lax.conv_general_dilated if dims < 3 else _product_with_windows
+    return jax.lax.conv_general_dilated if dims < 3 else _by_planes
 
 
-def _product_with_windows(x, kernel, strides, padding, *, rhs_dilation, **_):
-    seen = windows(x, kernel.shape[:-2], strides, padding, rhs_dilation)
-    return seen @ kernel.reshape(-1, kernel.shape[-1])
+def _by_planes(x, kernel, strides, padding, *, rhs_dilation, feature_group_count, **_):
+    around = pads(x.shape[1:-1], kernel.shape[:-2], strides, rhs_dilation, padding)
+    return convolve(x, kernel, strides, around, rhs_dilation, feature_group_count)
 
 
 class MaskedResNet(nnx.Module):

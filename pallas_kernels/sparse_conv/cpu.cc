@@ -3,9 +3,9 @@
 // A product goes through blocks of output rows and, in each, through the taps: the pairs of a tap are collected from its row
 // of the table of neighbours, and tiles of kRows input rows, read where they lie, are multiplied by two vectors of weights and
 // added to their output rows, which stay in the cache. Where nearly all neighbours are there, a tile of output rows stays in
-// registers over all taps. Nothing else writes these rows, so nothing is scattered between
-// threads, and every sum runs in the order of taps. The derivative by the input is the same product with the other table.
-// The one by the weights sums parts of the rows apart, whose number depends on shapes only, and adds them up in order.
+// registers over all taps. Nothing else writes these rows, so nothing is scattered between threads, and every sum runs in the
+// order of taps. The derivative by the input is the same product with the other table. The one by the weights sums parts of the
+// rows apart, whose number depends on shapes only, and adds them up in order; neighbouring rows are read where they lie.
 // So results are the same bits in every run, on any number of threads.
 
 #include <algorithm>
@@ -21,7 +21,8 @@ using namespace pallas;
 namespace {
 
 constexpr int64_t kBlock = 512;  // rows whose pairs are collected at a time
-constexpr int64_t kDepth = 128;  // pairs that a gradient sums in registers before it is added to memory
+constexpr int64_t kDepth = 128;  // pairs that a gradient copies and sums in registers before it is added to memory
+constexpr int64_t kRun = 32;     // pairs of neighbouring rows from which on a gradient reads them where they lie
 constexpr int64_t kParts = 16;   // of the rows, that a gradient sums apart
 constexpr int64_t kPart = 1024;  // rows whose neighbours are found at a time
 
@@ -29,17 +30,25 @@ using S32 = ffi::Buffer<ffi::S32>;
 
 // The pairs of one tap among some output rows. What lies outside the input is left out.
 struct Pairs {
-  int32_t source[kBlock], target[kBlock];
-  uint8_t done[kBlock] = {};  // output rows that are left out
-  int64_t count = 0;
-  void Collect(const int32_t* table, int64_t begin, int64_t end, uint32_t rows) {
+  int32_t source[kBlock], target[kBlock], order[kBlock];
+  int64_t count = 0, rows = 0;
+  void Add(int64_t begin, int64_t end) {
+    for (int64_t o = begin; o < end; o++) order[rows++] = o;
+  }
+  void Collect(const int32_t* table, uint32_t inputs) {
     int64_t n = 0;
-    for (int64_t o = begin; o < end; o++) {
-      source[n] = table[o];
-      target[n] = o;
-      n += (static_cast<uint32_t>(table[o]) < rows) & !done[o - begin];
+    for (int64_t i = 0; i < rows; i++) {
+      source[n] = table[order[i]];
+      target[n] = order[i];
+      n += static_cast<uint32_t>(source[n]) < inputs;
     }
     count = n;
+  }
+  // How many pairs from `begin` on are of neighbouring rows on both sides.
+  int64_t Run(int64_t begin) const {
+    int64_t end = begin + 1;
+    while (end < count && source[end] == source[end - 1] + 1 && target[end] == target[end - 1] + 1) end++;
+    return end - begin;
   }
 };
 
@@ -124,6 +133,13 @@ void Whole(const int32_t* table, int64_t step, int64_t taps, const T* x, int64_t
   for (int r = 0; r < R; r++) Put<T, V>(y + r * ldy, sum[r], columns);
 }
 
+template <class T>
+inline void Copy(const T* from, int64_t n, T* to) {
+  int64_t i = 0;
+  for (; i + kLanes<T> <= n; i += kLanes<T>) Store(to + i, Load(from + i));
+  for (; i < n; i++) to[i] = from[i];
+}
+
 // The functions for 1 to kRows rows.
 template <class T, int V>
 struct Kernels {
@@ -178,6 +194,7 @@ ffi::Error Forward(ffi::ThreadPool pool, int64_t groups, ffi::Buffer<kType> x, f
       const int32_t* row = table.typed_data() + tap * rows + begin;
       for (int64_t i = 0; i < end - begin; i++) found[i] += static_cast<uint32_t>(row[i]) < static_cast<uint32_t>(xd[0]);
     }
+    if (s.Depthwise()) pairs.Add(begin, end);
     for (int64_t first = 0; first < end - begin && !s.Depthwise(); first += kRows) {
       // Where nearly all neighbours are there, a tile is computed as a whole. Empty rows do not count, so that a larger
       // capacity changes nothing.
@@ -187,8 +204,11 @@ ffi::Error Forward(ffi::ThreadPool pool, int64_t groups, ffi::Buffer<kType> x, f
         present += found[i];
         filled += found[i] > 0;
       }
-      if (!filled || present * 8 < 7 * s.taps * filled) continue;
-      std::memset(pairs.done + first, 1, n);
+      if (present * 8 < 7 * s.taps * filled) {
+        pairs.Add(begin + first, begin + first + n);
+        continue;
+      }
+      if (!filled) continue;
       for (int64_t panel = 0; panel < s.All(); panel++) {
         const int64_t columns = s.Columns(panel);
         auto* kernel = columns > kLanes<T> ? Kernels<T, 2>::Get().whole[n - 1] : Kernels<T, 1>::Get().whole[n - 1];
@@ -197,8 +217,8 @@ ffi::Error Forward(ffi::ThreadPool pool, int64_t groups, ffi::Buffer<kType> x, f
                s.outputs, columns);
       }
     }
-    for (int64_t tap = 0; tap < s.taps; tap++) {
-      pairs.Collect(table.typed_data() + tap * rows, begin, end, xd[0]);
+    for (int64_t tap = 0; tap < s.taps && pairs.rows; tap++) {
+      pairs.Collect(table.typed_data() + tap * rows, xd[0]);
       if (s.Depthwise()) {
         const T* scale = w.typed_data() + tap * s.outputs;
         for (int64_t i = 0; i < pairs.count; i++) {
@@ -230,25 +250,27 @@ ffi::Error Forward(ffi::ThreadPool pool, int64_t groups, ffi::Buffer<kType> x, f
 template <class T>
 void AddPairs(const Pairs& pairs, const Sizes<T>& s, const T* x, const T* dy, T* left, T* right, T* dw, bool add) {
   const int64_t tiles = (s.in + kRows - 1) / kRows;
-  for (int64_t begin = 0; begin < pairs.count; begin += kDepth, add = true) {
-    const int64_t depth = std::min(kDepth, pairs.count - begin);
-    for (int64_t p = 0; p < depth; p++) {
-      std::memcpy(left + p * s.inputs, x + pairs.source[begin + p] * s.inputs, s.inputs * sizeof(T));
-      const T* from = dy + pairs.target[begin + p] * s.outputs;
-      for (int64_t panel = 0; panel < s.All(); panel++) {
-        T* to = right + (p * s.All() + panel) * s.width;
-        const int64_t n = s.Columns(panel);
-        std::memcpy(to, from + s.Column(panel), n * sizeof(T));
-        std::memset(to + n, 0, (s.width - n) * sizeof(T));
+  for (int64_t begin = 0, depth; begin < pairs.count; begin += depth, add = true) {
+    const T* a = x + pairs.source[begin] * s.inputs;
+    const T* b = dy + pairs.target[begin] * s.outputs;
+    // A panel that is not full would be read beyond the end.
+    depth = s.out % kLanes<T> ? 0 : pairs.Run(begin);
+    if (depth < kRun) {
+      depth = std::min(kDepth, pairs.count - begin);
+      a = left;
+      b = right;
+      for (int64_t p = 0; p < depth; p++) {
+        Copy(x + pairs.source[begin + p] * s.inputs, s.inputs, left + p * s.inputs);
+        Copy(dy + pairs.target[begin + p] * s.outputs, s.outputs, right + p * s.outputs);
       }
     }
     for (int64_t panel = 0; panel < s.All(); panel++) {
-      const int64_t columns = s.Columns(panel);
+      const int64_t columns = s.Columns(panel), column = s.Column(panel);
       for (int64_t t = 0; t < tiles; t++) {
         const int64_t r0 = Share(s.in, t, tiles), n = Share(s.in, t + 1, tiles) - r0;
         auto* kernel = columns > kLanes<T> ? Kernels<T, 2>::Get().outer[n - 1] : Kernels<T, 1>::Get().outer[n - 1];
-        kernel(depth, left + panel / s.panels * s.in + r0, s.inputs, right + panel * s.width, s.All() * s.width,
-               dw + r0 * s.outputs + s.Column(panel), s.outputs, columns, add);
+        kernel(depth, a + panel / s.panels * s.in + r0, s.inputs, b + column, s.outputs, dw + r0 * s.outputs + column, s.outputs,
+               columns, add);
       }
     }
   }
@@ -261,7 +283,7 @@ ffi::Error WeightGradient(ffi::ThreadPool pool, int64_t groups, ffi::Buffer<kTyp
   auto xd = x.dimensions(), wd = dw->dimensions(), td = table.dimensions();
   const Sizes<T> s(wd[0], wd[1], wd[2], groups);
   const int64_t rows = td[1], parts = std::clamp<int64_t>(rows / (2 * kBlock), 1, kParts), size = s.in * s.outputs;
-  const int64_t scratch = kDepth * (s.inputs + s.All() * s.width);
+  const int64_t scratch = kDepth * (s.inputs + s.outputs) + s.width;
   Lease lease(parts * (s.taps * size + scratch) * sizeof(T));
   T* sums = lease.As<T>();
   std::vector<uint8_t> seen(parts * s.taps);
@@ -271,8 +293,10 @@ ffi::Error WeightGradient(ffi::ThreadPool pool, int64_t groups, ffi::Buffer<kTyp
     const int64_t last = Share(rows, part + 1, parts);
     Pairs pairs;
     for (int64_t begin = Share(rows, part, parts); begin < last; begin += kBlock) {
+      pairs.rows = 0;
+      pairs.Add(begin, std::min(begin + kBlock, last));
       for (int64_t tap = 0; tap < s.taps; tap++) {
-        pairs.Collect(table.typed_data() + tap * rows, begin, std::min(begin + kBlock, last), xd[0]);
+        pairs.Collect(table.typed_data() + tap * rows, xd[0]);
         if (!pairs.count) continue;
         T* to = sums + (part * s.taps + tap) * size;
         uint8_t& add = seen[part * s.taps + tap];

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import channels_last
 from pallas_kernels.tile_conv.geometry import Geometry
 
 
@@ -25,22 +26,10 @@ def convolve(x: jax.Array, weights: jax.Array, neighbours: jax.Array, geometry: 
     whole = with_halo(x, neighbours, geometry.low, high)
     # A stride larger than the window leaves the end of a tile unread.
     trimmed = whole[(slice(None), *(slice(None, reach if reach < 0 else None) for reach in geometry.high))]
-    numbers = jax.lax.conv_dimension_numbers(
-        trimmed.shape,
-        weights.shape,
-        jax.lax.ConvDimensionNumbers(
-            (0, dims + 1, *range(1, dims + 1)), (dims + 1, dims, *range(dims)), (0, dims + 1, *range(1, dims + 1))
-        ),
-    )
     kind = jnp.promote_types(x.dtype, jnp.float32)
-    return jax.lax.conv_general_dilated(
-        trimmed.astype(kind),
-        weights.astype(kind),
-        geometry.stride,
-        "VALID",
-        rhs_dilation=geometry.dilation,
-        dimension_numbers=numbers,
-        feature_group_count=geometry.groups,
+    around = ((0, 0),) * dims
+    return channels_last.convolve(
+        trimmed.astype(kind), weights.astype(kind), geometry.stride, around, geometry.dilation, geometry.groups
     )
 
 

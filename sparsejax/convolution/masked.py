@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax.convolution.shapes import output_shape, pads, per_dimension
+from pallas_kernels.channels_last import convolve
+from sparsejax.convolution.shapes import pads, per_dimension
 from sparsejax.masks.select import select_top
 
 
@@ -119,24 +120,16 @@ def masked_conv(
         Tian et al., Designing BERT for Convolutional Networks, 2023, arXiv:2301.03580, section 3.2.
     """
     dims = x.ndim - 2
-    if weights.ndim != x.ndim or weights.shape[-2] * groups != x.shape[-1]:
+    if weights.ndim != x.ndim or weights.shape[-2] * groups != x.shape[-1] or weights.shape[-1] % groups:
         raise ValueError(
             f"weights have shape {weights.shape}; x of shape {x.shape} with {groups} groups needs "
-            f"({dims} window sides, {x.shape[-1] // groups}, out)"
+            f"({dims} window sides, {x.shape[-1] // groups}, a multiple of {groups})"
         )
+    if bias is not None and bias.shape != weights.shape[-1:]:
+        raise ValueError(f"bias has shape {bias.shape}, it must be {weights.shape[-1:]}")
     step, spread = per_dimension("stride", stride, dims), per_dimension("dilation", dilation, dims)
     around = pads(x.shape[1:-1], weights.shape[:-2], step, spread, padding)
-    space = tuple(range(1, dims + 1))
-    numbers = jax.lax.ConvDimensionNumbers((0, dims + 1, *space), (dims + 1, dims, *range(dims)), (0, dims + 1, *space))
-    out = jax.lax.conv_general_dilated(
-        apply_mask(x, mask),
-        weights.astype(x.dtype),
-        step,
-        around,
-        rhs_dilation=spread,
-        dimension_numbers=numbers,
-        feature_group_count=groups,
-    )
+    out = convolve(apply_mask(x, mask), weights.astype(x.dtype), step, around, spread, groups)
     if bias is not None:
         out = out + bias.astype(out.dtype)
     return apply_mask(out, mask_out or mask)
@@ -176,21 +169,19 @@ def masked_pool(
     sides = per_dimension("window", window, dims)
     step = per_dimension("stride", window if stride is None else stride, dims)
     around = pads(x.shape[1:-1], sides, step, (1,) * dims, padding)
-    shape = output_shape(x.shape[1:-1], sides, step, (1,) * dims, around)
     windows = ((1, *sides, 1), (1, *step, 1), ((0, 0), *around, (0, 0)))
-    there = jnp.ones(x.shape[:-1], bool) if mask is None else mask.at(x.shape[1:-1])
-    number = jax.lax.reduce_window(there[..., None].astype(jnp.float32), 0.0, jax.lax.add, *windows)
+    there = active_sites(x, mask)
+    number = jax.lax.reduce_window(there.astype(jnp.float32), 0.0, jax.lax.add, *windows)
     zero, least = np.zeros((), x.dtype), np.asarray(-np.inf, x.dtype)
     if reduce == "max":
-        out = jax.lax.reduce_window(jnp.where(there[..., None], x, least), least, jax.lax.max, *windows)
+        out = jax.lax.reduce_window(jnp.where(there, x, least), least, jax.lax.max, *windows)
     elif reduce in ("mean", "sum"):
-        out = jax.lax.reduce_window(jnp.where(there[..., None], x, 0), zero, jax.lax.add, *windows)
+        out = jax.lax.reduce_window(jnp.where(there, x, 0), zero, jax.lax.add, *windows)
         out = (out / jnp.maximum(number, 1)).astype(x.dtype) if reduce == "mean" else out
     else:
         raise ValueError(f"reduce is {reduce!r}; allowed are 'max', 'mean' and 'sum'")
     out = jnp.where(number > 0, out, 0)
-    kept = mask_out or mask
-    return out if kept is None else jnp.where(kept.at(shape)[..., None], out, 0)
+    return apply_mask(out, mask_out or mask)
 
 
 def masked_global_pool(x: jax.Array, mask: SiteMask | None, reduce: str = "mean") -> jax.Array:
@@ -205,7 +196,7 @@ def masked_global_pool(x: jax.Array, mask: SiteMask | None, reduce: str = "mean"
         (samples, channels); zeros for a sample without active sites.
     """
     axes = tuple(range(1, x.ndim - 1))
-    there = jnp.ones((*x.shape[:-1], 1), bool) if mask is None else mask.at(x.shape[1:-1])[..., None]
+    there = active_sites(x, mask)
     if reduce == "max":
         best = jnp.max(jnp.where(there, x, -jnp.inf), axis=axes)
         return jnp.where(jnp.any(there, axis=axes), best, 0)
@@ -217,4 +208,18 @@ def masked_global_pool(x: jax.Array, mask: SiteMask | None, reduce: str = "mean"
 
 def apply_mask(x: jax.Array, mask: SiteMask | None) -> jax.Array:
     """Zeros at inactive sites of x (samples, *shape, channels), whatever was there; all of x where `mask` is None."""
-    return x if mask is None else jnp.where(mask.at(x.shape[1:-1])[..., None], x, 0)
+    return x if mask is None else jnp.where(active_sites(x, mask), x, 0)
+
+
+def active_sites(x: jax.Array, mask: SiteMask | None) -> jax.Array:
+    """The mask of x (samples, *shape, channels), bool (samples, *shape, 1); one of a single sample counts for all.
+
+    Raises:
+        ValueError: the mask is of another number of samples.
+    """
+    if mask is None:
+        return jnp.ones((*x.shape[:-1], 1), bool)
+    there = mask.at(x.shape[1:-1])[..., None]
+    if len(there) not in (1, len(x)):
+        raise ValueError(f"the mask is of {len(there)} samples; x of shape {x.shape} needs {len(x)}, or one for all")
+    return jnp.broadcast_to(there, (*x.shape[:-1], 1))

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from sparsejax.convolution.masked import SiteMask
+from sparsejax.convolution.masked import SiteMask, active_sites
 from sparsejax.convolution.sites import Sites
 
 
@@ -128,6 +128,9 @@ def sites_group_norm(
 ) -> jax.Array:
     """Group norm of every sample over its sites and the channels of each group: `masked_group_norm` for sites.
 
+    Rows of a sample are added up in an order that GPUs may change from run to run, unless the flag
+    `--xla_gpu_deterministic_ops=true` is in XLA_FLAGS; elsewhere the bits are always the same.
+
     Args:
         sites: the sites.
         groups: must divide the channels.
@@ -168,10 +171,8 @@ def sites_group_norm(
 
 
 def _active(mask, x) -> jax.Array:
-    if mask is None:
-        return jnp.ones((*x.shape[:-1], 1), bool)
-    if isinstance(mask, SiteMask):
-        return mask.at(x.shape[1:-1])[..., None]
+    if mask is None or isinstance(mask, SiteMask):
+        return active_sites(x, mask)
     if mask.shape != (*x.shape[:-1], 1) or mask.dtype != bool:
         raise ValueError(f"mask is {mask.dtype} of shape {mask.shape}; needed is bool of shape {(*x.shape[:-1], 1)}")
     return mask

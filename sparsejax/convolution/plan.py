@@ -90,8 +90,8 @@ def conv_plan(
 
 
 # Times of the same products on a CPU, that of `masked_conv` being 1: over rows, in two dimensions and in more, where
-# XLA's is far longer; over rows without the C++ kernel, in times of those with it; over tiles.
-_ROWS_FLAT, _ROWS_SOLID, _ROWS_BY_XLA, _TILES = 0.8, 0.25, 9.0, 3.0
+# XLA's is longer; over rows without the C++ kernel, in times of those with it; over tiles.
+_ROWS_FLAT, _ROWS_SOLID, _ROWS_BY_XLA, _TILES = 0.8, 0.6, 9.0, 3.0
 
 
 def _cpu_costs(density: float, dims: int, taps: int, halo: float | None) -> dict[str, float]:

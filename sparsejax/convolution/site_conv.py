@@ -59,6 +59,9 @@ def sparse_pool(feats: jax.Array, kernel_map: KernelMap, reduce: str = "max") ->
     Returns:
         (capacity_out, channels); empty rows are zero.
 
+    Raises:
+        ValueError: `feats` has not the map's rows.
+
     Example:
         >>> from sparsejax.convolution.site_maps import strided_map
         >>> from sparsejax.convolution.sites import from_mask
@@ -67,6 +70,8 @@ def sparse_pool(feats: jax.Array, kernel_map: KernelMap, reduce: str = "max") ->
         >>> sparse_pool(sites.feats, strided_map(sites, 2, 2)[1])[:2, 0].tolist()
         [-1.0, 4.0]
     """
+    if feats.ndim != 2 or len(feats) != kernel_map.capacity_in:
+        raise ValueError(f"feats have shape {feats.shape}; this map needs ({kernel_map.capacity_in}, channels)")
     if reduce == "max":
         return _max_pool(feats, kernel_map)
     if reduce not in ("mean", "sum"):
@@ -81,6 +86,9 @@ def sparse_pool(feats: jax.Array, kernel_map: KernelMap, reduce: str = "max") ->
 def sites_global_pool(sites: Sites, reduce: str = "mean") -> jax.Array:
     """Pools each sample over its sites.
 
+    Rows of a sample are added up in an order that GPUs may change from run to run, unless the flag
+    `--xla_gpu_deterministic_ops=true` is in XLA_FLAGS; elsewhere the bits are always the same.
+
     Args:
         sites: the sites.
         reduce: "mean", "max" or "sum".
@@ -90,16 +98,15 @@ def sites_global_pool(sites: Sites, reduce: str = "mean") -> jax.Array:
     """
     samples, feats = sites.batch_size, sites.feats
     shape = (samples, feats.shape[1])
+    number = jnp.zeros(samples, jnp.int32).at[sites.batch].add(1, mode="drop", indices_are_sorted=True)[:, None]
     if reduce == "max":
         best = jnp.full(shape, -jnp.inf, feats.dtype).at[sites.batch].max(feats, mode="drop")
-        return jnp.where(jnp.isfinite(best), best, 0)
+        return jnp.where(number > 0, best, 0)
     if reduce not in ("mean", "sum"):
         raise ValueError(f"reduce is {reduce!r}; allowed are 'mean', 'max' and 'sum'")
-    total = jnp.zeros(shape, feats.dtype).at[sites.batch].add(feats, mode="drop", indices_are_sorted=True)
-    if reduce == "sum":
-        return total
-    number = jnp.zeros(samples, feats.dtype).at[sites.batch].add(1, mode="drop", indices_are_sorted=True)
-    return total / jnp.maximum(number, 1)[:, None]
+    total = jnp.zeros(shape, jnp.promote_types(feats.dtype, jnp.float32))
+    total = total.at[sites.batch].add(feats, mode="drop", indices_are_sorted=True)
+    return (total if reduce == "sum" else total / jnp.maximum(number, 1)).astype(feats.dtype)
 
 
 def _over_taps(function, start, tables):

@@ -69,7 +69,7 @@ def unique(batch: jax.Array, keys: jax.Array, samples: int, capacity: int):
 def first_of_equals(batch: jax.Array, keys: jax.Array) -> jax.Array:
     """In a sorted list of pairs, whether each is the first of its kind."""
     differs = (batch[1:] != batch[:-1]) | (keys[1:] != keys[:-1])
-    return jnp.concatenate([jnp.ones(1, bool), differs])
+    return jnp.concatenate([jnp.ones(min(1, len(keys)), bool), differs])
 
 
 def places(batch: jax.Array, keys: jax.Array, samples: int) -> tuple[jax.Array, jax.Array]:

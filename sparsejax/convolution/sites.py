@@ -96,7 +96,10 @@ def from_coords(
         The sites.
 
     Raises:
-        ValueError: shapes do not fit, or a sample's grid is too large.
+        ValueError: shapes or dtypes do not fit, or a sample's grid is too large.
+
+    Points of one site are added up in an order that GPUs may change from run to run, unless the flag
+    `--xla_gpu_deterministic_ops=true` is in XLA_FLAGS; without duplicates, and elsewhere, the bits are always the same.
 
     Example:
         >>> sites = from_coords(jnp.array([0, 0, 0]), jnp.array([[2], [0], [2]]), jnp.array([[1.0], [5.0], [2.0]]),
@@ -111,6 +114,12 @@ def from_coords(
         raise ValueError(
             f"batch has shape {batch.shape}, coords {coords.shape}, feats {feats.shape}; needed are (n,), "
             f"(n, {len(shape)}) and (n, channels)"
+        )
+    kinds = (batch, jnp.integer), (coords, jnp.integer), (feats, jnp.floating)
+    if not all(jnp.issubdtype(array.dtype, kind) for array, kind in kinds):
+        raise ValueError(
+            f"batch is {batch.dtype}, coords {coords.dtype}, feats {feats.dtype}; the first two must be integer (round "
+            "positions to places of the grid), the last floating"
         )
     if duplicates not in ("sum", "mean", "max"):
         raise ValueError(f"duplicates is {duplicates!r}; allowed are 'sum', 'mean' and 'max'")
@@ -128,10 +137,12 @@ def from_coords(
         merged = jnp.full((capacity, feats.shape[1]), -jnp.inf, feats.dtype).at[place].max(feats, mode="drop")
         merged = jnp.where((jnp.arange(capacity) < count)[:, None], merged, 0)
     else:
-        merged = jnp.zeros((capacity, feats.shape[1]), feats.dtype).at[place].add(feats, mode="drop")
+        merged = jnp.zeros((capacity, feats.shape[1]), jnp.promote_types(feats.dtype, jnp.float32))
+        merged = merged.at[place].add(feats, mode="drop")
         if duplicates == "mean":
-            number = jnp.zeros(capacity, feats.dtype).at[place].add(1, mode="drop")
+            number = jnp.zeros(capacity, jnp.int32).at[place].add(1, mode="drop")
             merged = merged / jnp.maximum(number, 1)[:, None]
+        merged = merged.astype(feats.dtype)
     return Sites(
         jnp.full(capacity, batch_size, jnp.int32).at[rows].set(batch, mode="drop"),
         jnp.full(capacity, LAST_KEY, jnp.int32).at[rows].set(keys, mode="drop"),

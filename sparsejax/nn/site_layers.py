@@ -33,6 +33,11 @@ class _SiteConv(nnx.Module):
         self.kernel_size = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
         self.kernel_dilation, self.feature_group_count = kernel_dilation, feature_group_count
         self.dtype, self.implementation = dtype, implementation
+        if in_features % feature_group_count or out_features % feature_group_count:
+            raise ValueError(
+                f"feature_group_count is {feature_group_count}; it must divide in_features {in_features} and "
+                f"out_features {out_features}"
+            )
         shape = (*self.kernel_size, in_features // feature_group_count, out_features)
         self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
         self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else nnx.data(None)

@@ -1,5 +1,7 @@
 """Every engine against the convolution computed by hand: forward, gradients, corner cases, the same bits again."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from conv_problems import ENGINES, by_hand, gradients_by_hand, listed, problem, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsejax.convolution import SiteMask
+from sparsejax.convolution import SiteMask, masked_conv
 
 CASES = {
     "1-D, side 5": {"dims": 1, "kernel": 5},
@@ -51,6 +53,38 @@ GEOMETRIES = [(1, 3), (1, 5), (2, 1), (2, 2), (2, 3), (3, 3)]
 @pytest.mark.parametrize("engine", ENGINES)
 def test_engines_compute_the_masked_convolution(engine, case):
     compare(problem(**CASES[case]), ENGINES[engine])
+
+
+@pytest.mark.parametrize(
+    ("stride", "dilation", "padding", "groups"),
+    [
+        ((2, 1, 3), (1, 2, 1), ((1, 2), (0, 1), (2, 0)), 2),
+        pytest.param((1, 1, 1), (1, 1, 1), "SAME", 1, marks=pytest.mark.slow),
+        pytest.param((3, 3, 3), (2, 2, 2), "VALID", 4, marks=pytest.mark.slow),
+    ],
+)
+def test_convolutions_of_volumes_by_planes_are_those_of_xla(stride, dilation, padding, groups):
+    random = np.random.default_rng(0)
+    x, weights = (
+        jnp.asarray(random.normal(size=shape), jnp.float32) for shape in ((2, 9, 8, 7, 4), (3, 2, 3, 4 // groups, 8))
+    )
+    options = {"rhs_dilation": dilation, "feature_group_count": groups}
+
+    def whole(x, weights):
+        layout = ("NDHWC", "DHWIO", "NDHWC")
+        return jax.lax.conv_general_dilated(x, weights, stride, padding, dimension_numbers=layout, **options)
+
+    def planes(x, weights):
+        return masked_conv(x, weights, None, stride=stride, padding=padding, dilation=dilation, groups=groups)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def computed(call, x, weights):
+        y, pull = jax.vjp(call, x, weights)
+        return y, *pull(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
+
+    for got, want in zip(computed(planes, x, weights), computed(whole, x, weights), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    assert planes(x[:, :0], weights).shape == whole(x[:, :0], weights).shape
 
 
 @pytest.mark.slow

@@ -165,3 +165,16 @@ def test_the_planner(monkeypatch):
     assert "tiles 0.038" in str(conv_plan(0.01, shape=(64, 64), kernel=3, channels=8, tile=16, backend="cpu"))
     with pytest.raises(ValueError, match="density is 2"):
         engine(2)
+
+
+def test_masks_fit_the_samples_or_are_one_for_all():
+    x, weights = jnp.ones((3, 4, 2)), jnp.ones((1, 2, 2))
+    one, two = (SiteMask(jnp.arange(samples * 4).reshape(samples, 4) % 2 == 0) for samples in (1, 2))
+    _, (mean, _) = masked_batch_norm(x, one)
+    np.testing.assert_array_equal(mean, [1, 1])
+    np.testing.assert_array_equal(masked_global_pool(x, one), np.ones((3, 2)))
+    for call in (lambda: masked_conv(x, weights, two), lambda: masked_batch_norm(x, two)):
+        with pytest.raises(ValueError, match="the mask is of 2 samples"):
+            call()
+    with pytest.raises(ValueError, match=r"bias has shape \(1,\)"):
+        masked_conv(x, weights, None, bias=jnp.ones(1))

@@ -82,6 +82,7 @@ def compare(features, sizes, dtype, seed):
     [
         ((35, 48, 1), (2100, 2400), np.float32),  # several parts and panels
         ((3, 17, 1), (2100, 1100), np.float32),  # most tiles are whole
+        ((4, 32, 1), (2100, 1050), np.float32),  # all sites are active: gradients read rows where they lie
         ((6, 4, 2), (40, 40), np.float64),
     ],
 )

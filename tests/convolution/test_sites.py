@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conv_problems import COMPILER, by_hand
+from flax import nnx
 
 from pallas_kernels.sparse_conv import pair_lists
 from sparsejax import convolution
@@ -18,8 +19,10 @@ from sparsejax.convolution import (
     sparse_pool,
     to_dense,
 )
+from sparsejax.nn import SubmanifoldConv
 
 RANDOM = np.random.default_rng(0)
+FOUR = {"shape": (4,), "batch_size": 2, "capacity": 3}
 
 
 def slow(*values):
@@ -196,10 +199,23 @@ def test_pools_and_their_gradients(reduce):
     np.testing.assert_allclose(sites_global_pool(sites, "sum"), dense.sum((1, 2)), rtol=1e-5, atol=1e-5)
 
 
-def test_an_empty_sample():
+def test_an_empty_sample_and_no_sites_at_all():
     sites = from_coords(jnp.array([1]), jnp.array([[2]]), jnp.ones((1, 2)), shape=(4,), batch_size=3, capacity=4)
     for reduce in ("mean", "max", "sum"):
         np.testing.assert_array_equal(sites_global_pool(sites, reduce), [[0, 0], [1, 1], [0, 0]])
+    nothing = from_coords(batch=sites.batch[:0], coords=sites.coords[:0], feats=sites.feats[:0], **FOUR)
+    assert int(nothing.count) == 0
+    assert not np.any(sparse_conv(nothing.feats, jnp.ones((3, 2, 1)), subm_map(nothing, 3), bias=jnp.ones(1)))
+    assert int(strided_map(nothing, 2, 2)[0].count) == 0
+
+
+def test_pools_of_many_half_precision_rows_and_of_what_is_not_finite():
+    rows = jnp.ones((600, 1), jnp.bfloat16)
+    sites = from_mask(rows[None], jnp.ones((1, 600), bool), capacity=600)
+    assert [float(sites_global_pool(sites, reduce)[0, 0]) for reduce in ("mean", "sum")] == [1.0, 600.0]
+    broken = sites.with_feats(jnp.concatenate([rows, rows * jnp.inf, rows * jnp.nan], axis=1))
+    pooled = sites_global_pool(broken, "max").astype(jnp.float32)
+    np.testing.assert_array_equal(pooled, [[1, np.inf, np.nan]])
 
 
 def test_a_grid_beyond_what_a_batch_of_keys_could_hold():
@@ -219,11 +235,17 @@ def test_errors_name_what_is_wrong():
         subm_map(sites, 2)
     with pytest.raises(ValueError, match="duplicates is 'last'"):
         from_coords(*points((7, 9)), shape=(7, 9), batch_size=3, capacity=64, duplicates="last")
+    with pytest.raises(ValueError, match="coords float32"):
+        from_coords(jnp.zeros(1, int), jnp.array([[1.7]]), jnp.ones((1, 1)), **FOUR)
     with pytest.raises(ValueError, match=r"weights have shape \(4, 4, 5\)"):
         sparse_conv(sites.feats, normal(2, 2, 4, 5), subm_map(sites, 3))
     with pytest.raises(ValueError, match="groups must divide"):
         sparse_conv(sites.feats, normal(3, 3, 4, 5), subm_map(sites, 3), groups=2)
     with pytest.raises(ValueError, match="implementation='fast'"):
         sparse_conv(sites.feats, normal(3, 3, 4, 5), subm_map(sites, 3), implementation="fast")
+    with pytest.raises(ValueError, match=r"feats have shape \(63, 4\)"):
+        sparse_pool(sites.feats[:63], subm_map(sites, 3))
+    with pytest.raises(ValueError, match="feature_group_count is 2; it must divide in_features 3"):
+        SubmanifoldConv(3, 4, (3,), feature_group_count=2, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="mask has shape"):
         from_mask(jnp.ones((2, 3, 1)), jnp.ones((2, 4), bool), capacity=3)
