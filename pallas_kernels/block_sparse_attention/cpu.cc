@@ -123,6 +123,39 @@ inline Words Mix(Words x) {
 
 // ---- products ------------------------------------------------------------------------------------------------------------
 
+// Asks for rows that are needed soon: lists jump about, which the hardware cannot foresee.
+inline void Fetch(const float* from, int64_t stride, int64_t rows, int64_t depth) {
+  for (int64_t r = 0; r < rows; r++) {
+    for (int64_t d = 0; d < depth; d += 16) __builtin_prefetch(from + r * stride + d, 0, 2);
+  }
+}
+// The same a few rows at a time, one Step after each tile of sums: many requests at once would hold up the loads of products.
+// What was added last comes first.
+struct Ahead {
+  struct Rows {
+    const float* from;
+    int64_t stride, count, depth;
+  };
+  Rows spans[3];
+  int64_t some = 0, total = 0, each = 0;
+
+  void Add(const float* from, int64_t stride, int64_t count, int64_t depth) {
+    spans[some++] = {from, stride, count, depth};
+    total += count;
+  }
+  // Divides the rows among `steps`.
+  void Spread(int64_t steps) { each = (total + steps - 1) / std::max<int64_t>(steps, 1); }
+  void Step() {
+    for (int64_t rows = each; rows > 0 && some > 0;) {
+      Rows& x = spans[some - 1];
+      const int64_t n = std::min(rows, x.count);
+      Fetch(x.from, x.stride, n, x.depth);
+      x.from += n * x.stride, x.count -= n, rows -= n;
+      if (x.count <= 0) some--;
+    }
+  }
+};
+
 // The right operand of a product: element (p, panel * kPanel + c) lies at data[panel * step + p * ld + c].
 struct Panels {
   const float* data;
@@ -131,11 +164,10 @@ struct Panels {
 inline Panels Packed(const float* data, int64_t depth) { return {data, kPanel, depth * kPanel}; }
 inline Panels RowMajor(const float* data, int64_t ld) { return {data, ld, kPanel}; }
 
-// R rows of one panel of C (+)= A B. A(r, p) is a[r * lda + p], or a[p * lda + r] if transposed. The loops over r are unrolled
-// so that the sums stay in registers.
+// x = R rows of one panel of A B. A(r, p) is a[r * lda + p], or a[p * lda + r] if transposed. The loops over r are unrolled so
+// that the sums stay in registers.
 template <int R, bool kTransposed>
-inline void Micro(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
-  Real x[R][2];
+inline void Sums(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, Real (&x)[R][2]) {
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++) x[r][0] = x[r][1] = Real{};
   for (int64_t p = 0; p < depth; p++) {
@@ -147,30 +179,40 @@ inline void Micro(int64_t depth, const float* a, int64_t lda, const float* b, in
       x[r][1] += s * b1;
     }
   }
+}
+template <int R>
+inline void LoadRows(const float* from, int64_t ld, Real (&x)[R][2]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) x[r][0] = Load(from + r * ld), x[r][1] = Load(from + r * ld + kWide);
+}
+template <int R>
+inline void StoreRows(float* to, int64_t ld, const Real (&x)[R][2]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) Store(to + r * ld, x[r][0]), Store(to + r * ld + kWide, x[r][1]);
+}
+
+// Those rows of C (+)= A B.
+template <int R, bool kTransposed>
+inline void Micro(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+  Real x[R][2];
+  Sums<R, kTransposed>(depth, a, lda, b, ldb, x);
   if (add) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      Store(c + r * ldc, Load(c + r * ldc) + x[r][0]);
-      Store(c + r * ldc + kWide, Load(c + r * ldc + kWide) + x[r][1]);
-    }
-  } else {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      Store(c + r * ldc, x[r][0]);
-      Store(c + r * ldc + kWide, x[r][1]);
-    }
+    for (int r = 0; r < R; r++) x[r][0] += Load(c + r * ldc), x[r][1] += Load(c + r * ldc + kWide);
   }
+  StoreRows<R>(c, ldc, x);
 }
 
 // C[rows, columns] (+)= A[rows, depth] B[depth, columns]; columns is a multiple of kPanel.
 template <bool kTransposed>
 void Multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, Panels b, float* c, int64_t ldc,
-              bool add) {
+              bool add, Ahead* ahead = nullptr) {
   const int64_t down = kTransposed ? 1 : lda;
   for (int64_t j = 0; j < columns; j += kPanel, b.data += b.step) {
     int64_t i = 0;
     for (; i + kTall <= rows; i += kTall) {
       Micro<kTall, kTransposed>(depth, a + i * down, lda, b.data, b.ld, c + i * ldc + j, ldc, add);
+      if (ahead) ahead->Step();
     }
     for (; i + 4 <= rows; i += 4) Micro<4, kTransposed>(depth, a + i * down, lda, b.data, b.ld, c + i * ldc + j, ldc, add);
     for (; i < rows; i++) Micro<1, kTransposed>(depth, a + i * down, lda, b.data, b.ld, c + i * ldc + j, ldc, add);
@@ -343,13 +385,6 @@ void PackTransposed(const float* from, int64_t stride, int64_t rows, int64_t dep
   }
 }
 
-// Asks for rows that are needed soon: lists jump about, which the hardware cannot foresee.
-inline void Fetch(const float* from, int64_t stride, int64_t rows, int64_t depth) {
-  for (int64_t r = 0; r < rows; r++) {
-    for (int64_t d = 0; d < depth; d += 16) __builtin_prefetch(from + r * stride + d, 0, 2);
-  }
-}
-
 // Rows as the right operand of a product: where they lie if they are whole panels, else copied to `room` and filled up with 0.
 Panels AsPanels(const float* from, int64_t stride, int64_t rows, int64_t depth, float* room) {
   const int64_t depth_p = RoundUp(depth, kPanel);
@@ -422,38 +457,76 @@ void FinishAcross(const Call& c, const Place& at, const Lanes& lanes, float* s) 
   }
 }
 
-// Scores become weights 2^(s - top); `top` and `total` are brought up to date. Whether earlier sums have to be multiplied by
-// `shrink`.
-bool Weights(int64_t rows_p, int64_t keys, float* s, float* top, float* total, float* shrink) {
-  bool grown = false;
-  for (int64_t r = 0; r < rows_p; r += kPanel) {
-    const Real before0 = Load(top + r), before1 = Load(top + r + kWide);
-    Real now0 = before0, now1 = before1;
-    for (int64_t x = 0; x < keys; x++) {
-      now0 = Larger(Load(s + x * kTileLd + r), now0);
-      now1 = Larger(Load(s + x * kTileLd + r + kWide), now1);
-    }
-    // A query that has seen nothing yet: 2^(-inf - 0) = 0.
-    const Real from0 = now0 > kNothing ? now0 : Real{}, from1 = now1 > kNothing ? now1 : Real{};
-    Real sum0 = Real{}, sum1 = Real{};
-    for (int64_t x = 0; x < keys; x++) {
-      float* row = s + x * kTileLd + r;
-      const Real a = Exp2(Load(row) - from0), b = Exp2(Load(row + kWide) - from1);
-      sum0 += a;
-      sum1 += b;
-      Store(row, a);
-      Store(row + kWide, b);
-    }
-    const Real shrink0 = Exp2(before0 - from0), shrink1 = Exp2(before1 - from1);
-    Store(top + r, now0);
-    Store(top + r + kWide, now1);
-    Store(total + r, Load(total + r) * shrink0 + sum0);
-    Store(total + r + kWide, Load(total + r + kWide) * shrink1 + sum1);
-    Store(shrink + r, shrink0);
-    Store(shrink + r + kWide, shrink1);
-    for (int64_t x = 0; x < kPanel; x++) grown |= shrink[r + x] != 1.f;
+// Weights of a row of tiles are 2^(s - base), where a query's base is a score that no later one exceeds by more than kSlack: a
+// larger score takes its place, and what has been summed by then is multiplied by `shrink`. So bases move rarely, and scores
+// become weights while they are in registers.
+constexpr float kSlack = 8.f;
+constexpr float kNoBase = std::numeric_limits<float>::lowest();  // a query that has seen nothing yet
+
+struct Softmax {
+  float *base, *total, *shrink;
+  bool moved;
+};
+
+// Moves the bases of kPanel queries of which some scores are too large, and rescales the weights of the `above` keys before.
+__attribute__((noinline)) void MoveBases(const Real (&most)[2], int64_t r, int64_t above, float* s, Softmax& soft) {
+  for (int64_t half = 0; half < 2; half++, r += kWide) {
+    const Real old = Load(soft.base + r), now = most[half] > old + kSlack ? most[half] : old, less = Exp2(old - now);
+    Store(soft.base + r, now);
+    Store(soft.total + r, Load(soft.total + r) * less);
+    Store(soft.shrink + r, Load(soft.shrink + r) * less);
+    for (int64_t x = 0; x < above; x++) Store(s + x * kTileLd + r, Load(s + x * kTileLd + r) * less);
   }
-  return grown;
+  soft.moved = true;
+}
+
+// Weights of R keys from key x on for the kPanel queries from r on: their scores are in `s`, or else are products of `k` and
+// the packed queries `qt`.
+template <int R, bool kStored>
+inline void Weigh(int64_t depth, const float* k, int64_t k_stride, const float* qt, int64_t r, int64_t x, float* s,
+                  Softmax& soft) {
+  float* rows = s + x * kTileLd + r;
+  Real score[R][2];
+  if (kStored) {
+    LoadRows<R>(rows, kTileLd, score);
+  } else {
+    Sums<R, false>(depth, k + x * k_stride, k_stride, qt + r * depth, kPanel, score);
+  }
+  Real base[2] = {Load(soft.base + r), Load(soft.base + r + kWide)}, most[2] = {base[0], base[1]};
+#pragma GCC unroll 8
+  for (int n = 0; n < R; n++) most[0] = Larger(score[n][0], most[0]), most[1] = Larger(score[n][1], most[1]);
+  if (__builtin_expect(Max(Larger(most[0] - base[0], most[1] - base[1])) > kSlack, 0)) {
+    StoreRows<R>(rows, kTileLd, score);
+    MoveBases(most, r, x, s, soft);
+    LoadRows<R>(rows, kTileLd, score);
+    base[0] = Load(soft.base + r), base[1] = Load(soft.base + r + kWide);
+  }
+  Real total[2] = {Load(soft.total + r), Load(soft.total + r + kWide)};
+#pragma GCC unroll 8
+  for (int n = 0; n < R; n++) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+      score[n][half] = Exp2(score[n][half] - base[half]);
+      total[half] += score[n][half];
+    }
+  }
+  StoreRows<R>(rows, kTileLd, score);
+  Store(soft.total + r, total[0]);
+  Store(soft.total + r + kWide, total[1]);
+}
+
+// The same for all keys and queries of a piece.
+template <bool kStored>
+void Weights(int64_t rows_p, int64_t keys, int64_t depth, const float* k, int64_t k_stride, const float* qt, float* s,
+             Softmax& soft, Ahead& ahead) {
+  for (int64_t r = 0; r < rows_p; r += kPanel) {
+    int64_t x = 0;
+    for (; x + kTall <= keys; x += kTall) {
+      Weigh<kTall, kStored>(depth, k, k_stride, qt, r, x, s, soft);
+      ahead.Step();
+    }
+    for (; x < keys; x++) Weigh<1, kStored>(depth, k, k_stride, qt, r, x, s, soft);
+  }
 }
 
 ffi::Error Forward(ffi::ThreadPool pool, int64_t bq, int64_t bk, float scale, float soft_cap, float keep_scale,
@@ -471,31 +544,48 @@ ffi::Error Forward(ffi::ThreadPool pool, int64_t bq, int64_t bk, float scale, fl
     const Lanes lanes(c, b, h, row0, at.rows);
     const Lease lease(kTile * (c.dim + 2 * c.v_dim_p + kTileLd + 3) * 4);
     float *qt = lease.As<float>(), *out = qt + kTile * c.dim, *room = out + kTile * c.v_dim_p, *s = room + kTile * c.v_dim_p;
-    float *top = s + kTile * kTileLd, *total = top + kTile, *shrink = total + kTile;
-    auto fetch_keys = [&](int64_t slot) {
-      if (slot >= c.n_tot[list]) return;
-      const int64_t j = c.idx[list * c.width + slot];
-      Fetch(c.K(b, j * c.bk, kv_h), k_stride, std::min(kTile, c.Keys(b, j)), c.dim);
-    };
+    float* base = s + kTile * kTileLd;
+    Softmax soft{base, base + kTile, base + 2 * kTile, false};
+    auto block = [&](int64_t slot) { return c.idx[list * c.width + slot]; };
+    auto result = [&](int64_t r) { return o->typed_data() + ((b * c.q_len + row0 + r) * c.heads + h) * c.v_dim; };
     Fetch(c.Q(b, row0, h), c.heads * c.dim, at.rows, c.dim);
-    fetch_keys(0);
+    if (c.n_tot[list] > 0) Fetch(c.K(b, block(0) * c.bk, kv_h), k_stride, std::min(kTile, c.Keys(b, block(0))), c.dim);
     PackTransposed(c.Q(b, row0, h), c.heads * c.dim, at.rows, c.dim, c.Units(), qt);
-    for (int64_t r = 0; r < rows_p; r++) top[r] = kNothing, total[r] = 0;
+    std::fill_n(soft.base, rows_p, kNoBase), std::fill_n(soft.total, rows_p, 0.f), std::fill_n(soft.shrink, rows_p, 1.f);
     bool first = true;
     for (; at.slot < c.n_tot[list]; at.slot++) {
-      at.j = c.idx[list * c.width + at.slot], at.partial = c.Partial(list, at.slot);
-      const int64_t keys = c.Keys(b, at.j);
-      for (at.key0 = 0; at.key0 < keys; at.key0 += kTile) {
-        at.keys = std::min(kTile, keys - at.key0);
+      at.j = block(at.slot), at.partial = c.Partial(list, at.slot);
+      const int64_t count = c.Keys(b, at.j);
+      for (at.key0 = 0; at.key0 < count; at.key0 += kTile) {
+        at.keys = std::min(kTile, count - at.key0);
         const int64_t key = at.j * c.bk + at.key0;
-        Fetch(c.V(b, key, kv_h), v_stride, at.keys, c.v_dim);
-        Multiply<false>(at.keys, rows_p, c.dim, c.K(b, key, kv_h), k_stride, Packed(qt, c.dim), s, kTileLd, false);
-        FinishAcross(c, at, lanes, s);
-        fetch_keys(at.slot + 1);
-        if (Weights(rows_p, at.keys, s, top, total, shrink) && !first) {
-          for (int64_t r = 0; r < at.rows; r++) {
-            if (shrink[r] != 1.f) CopyScaled(out + r * c.v_dim_p, c.v_dim_p, shrink[r], out + r * c.v_dim_p);
+        if (first) Fetch(c.V(b, key, kv_h), v_stride, at.keys, c.v_dim);
+        Ahead ahead;
+        const bool more = at.key0 + kTile < count;
+        if (more || at.slot + 1 < c.n_tot[list]) {
+          const int64_t j = more ? at.j : block(at.slot + 1), key0 = more ? at.key0 + kTile : 0;
+          const int64_t next = j * c.bk + key0, next_keys = std::min(kTile, c.Keys(b, j) - key0);
+          ahead.Add(c.V(b, next, kv_h), v_stride, next_keys, c.v_dim);
+          ahead.Add(c.K(b, next, kv_h), k_stride, next_keys, c.dim);
+        } else {
+          ahead.Add(result(0), c.heads * c.v_dim, at.rows, c.v_dim);
+        }
+        ahead.Spread((at.keys * rows_p + at.rows * c.v_dim_p) / (kTall * kPanel));
+        const float* keys = c.K(b, key, kv_h);
+        if (c.Plain() && !at.partial) {
+          Weights<false>(rows_p, at.keys, c.dim, keys, k_stride, qt, s, soft, ahead);
+        } else {
+          Multiply<false>(at.keys, rows_p, c.dim, keys, k_stride, Packed(qt, c.dim), s, kTileLd, false);
+          FinishAcross(c, at, lanes, s);
+          Weights<true>(rows_p, at.keys, c.dim, keys, k_stride, qt, s, soft, ahead);
+        }
+        if (soft.moved) {
+          for (int64_t r = 0; !first && r < at.rows; r++) {
+            float* sums = out + r * c.v_dim_p;
+            if (soft.shrink[r] != 1.f) CopyScaled(sums, c.v_dim_p, soft.shrink[r], sums);
           }
+          std::fill_n(soft.shrink, rows_p, 1.f);
+          soft.moved = false;
         }
         for (int64_t x = 0; c.threshold && x < at.keys; x++) {
           for (int64_t r = 0; r < rows_p; r += kWide) {
@@ -504,19 +594,20 @@ ffi::Error Forward(ffi::ThreadPool pool, int64_t bq, int64_t bk, float scale, fl
           }
         }
         const Panels values = AsPanels(c.V(b, key, kv_h), v_stride, at.keys, c.v_dim, room);
-        Multiply<true>(at.rows, c.v_dim_p, at.keys, s, kTileLd, values, out, c.v_dim_p, !first);
+        Multiply<true>(at.rows, c.v_dim_p, at.keys, s, kTileLd, values, out, c.v_dim_p, !first, &ahead);
         first = false;
       }
     }
     for (int64_t r = 0; r < at.rows; r++) {
-      float* to = o->typed_data() + ((b * c.q_len + row0 + r) * c.heads + h) * c.v_dim;
-      const bool some = !first && total[r] > 0;
+      float* to = result(r);
+      const float total = soft.total[r];
+      const bool some = total > 0;
       if (some) {
-        CopyScaled(out + r * c.v_dim_p, c.v_dim, 1.f / total[r], to);
+        CopyScaled(out + r * c.v_dim_p, c.v_dim, 1.f / total, to);
       } else {
         std::memset(to, 0, c.v_dim * 4);
       }
-      lse->typed_data()[(b * c.heads + h) * c.q_len + row0 + r] = some ? top[r] / kLog2e + std::log(total[r]) : kNothing;
+      lse->typed_data()[(b * c.heads + h) * c.q_len + row0 + r] = some ? soft.base[r] / kLog2e + std::log(total) : kNothing;
     }
   });
   return ffi::Error::Success();
@@ -601,7 +692,7 @@ ffi::Error Backward(ffi::ThreadPool pool, int64_t bq, int64_t bk, float scale, f
     std::unique_ptr<double[]> alibi_sums(new double[c.group]());
 
     // A piece of a tile; `add` says whether it adds to dk and dv, `add_q` to dq.
-    auto visit = [&](Place at, bool add, bool add_q, Panels keys) {
+    auto visit = [&](Place at, bool add, bool add_q, Panels keys, Ahead& ahead) {
       const int64_t row0 = at.i * c.bq + at.row0, key0 = at.key0, columns = at.keys;
       const int64_t stat = (b * c.heads + at.head) * c.q_len + row0;
       const float* g = go.typed_data() + ((b * c.q_len + row0) * c.heads + at.head) * c.v_dim;
@@ -610,9 +701,10 @@ ffi::Error Backward(ffi::ThreadPool pool, int64_t bq, int64_t bk, float scale, f
       double tile_sum = 0, far_sum = 0;
       for (int64_t x0 = 0; x0 < columns; x0 += kPanel) {
         at.key0 = key0 + x0, at.keys = std::min(kPanel, columns - x0);
-        Multiply<false>(at.rows, kPanel, c.dim, c.Q(b, row0, at.head), q_stride, Packed(kt + x0 * c.dim, c.dim), s, kPanel, false);
+        const Panels k_columns = Packed(kt + x0 * c.dim, c.dim), v_columns = Packed(vt + x0 * c.v_dim, c.v_dim);
+        Multiply<false>(at.rows, kPanel, c.dim, c.Q(b, row0, at.head), q_stride, k_columns, s, kPanel, false, &ahead);
         Finish(c, at, s, kPanel, slope);
-        Multiply<false>(at.rows, kPanel, c.v_dim, g, g_stride, Packed(vt + x0 * c.v_dim, c.v_dim), dp, kPanel, false);
+        Multiply<false>(at.rows, kPanel, c.v_dim, g, g_stride, v_columns, dp, kPanel, false, &ahead);
         Real sum = Real{}, far = Real{};
         const int64_t key = at.j * c.bk + at.key0;
         for (int64_t r = 0; r < at.rows; r++) {
@@ -667,15 +759,22 @@ ffi::Error Backward(ffi::ThreadPool pool, int64_t bq, int64_t bk, float scale, f
         bool add = false;
         for (const Seen* x = from; x < to; x++) {
           const int64_t h = h0 + x->row / c.nq, i = x->row % c.nq;
+          Ahead ahead;
           if (x + 1 < to) {
-            const int64_t next_h = h0 + x[1].row / c.nq, next = x[1].row % c.nq, count = c.Rows(next, 0);
-            Fetch(c.Q(b, next * c.bq, next_h), q_stride, count, c.dim);
-            Fetch(go.typed_data() + ((b * c.q_len + next * c.bq) * c.heads + next_h) * c.v_dim, g_stride, count, c.v_dim);
+            const int64_t next_h = h0 + x[1].row / c.nq, next = x[1].row % c.nq, rows = c.Rows(next, 0), row = next * c.bq;
+            ahead.Add(grad(part, b, next_h, row), dq_ld[part == 0], rows, c.dim);
+            ahead.Add(go.typed_data() + ((b * c.q_len + row) * c.heads + next_h) * c.v_dim, g_stride, rows, c.v_dim);
+            ahead.Add(c.Q(b, row, next_h), q_stride, rows, c.dim);
+          } else if (key0 + count == columns && j + 1 < end) {
+            const int64_t rows = std::min(kTile, c.Keys(b, j + 1));
+            ahead.Add(c.V(b, (j + 1) * c.bk, kv_h), v_stride, rows, c.v_dim);
+            ahead.Add(c.K(b, (j + 1) * c.bk, kv_h), k_stride, rows, c.dim);
           }
+          ahead.Spread(2 * count * c.Rows(i, 0) / (kTall * kPanel));
           uint8_t& marked = mark[part * blocks + (b * c.heads + h0) * c.nq + x->row];
           for (int64_t row0 = 0; c.Rows(i, row0) > 0; row0 += kTile) {
-            visit({b, h, i, row0, c.Rows(i, row0), x->slot, j, key0, count, c.Partial(c.ListRow(b, h, i), x->slot)}, add, marked,
-                  keys);
+            const bool partial = c.Partial(c.ListRow(b, h, i), x->slot);
+            visit({b, h, i, row0, c.Rows(i, row0), x->slot, j, key0, count, partial}, add, marked, keys, ahead);
             add = true;
           }
           marked = 1;
