@@ -12,7 +12,7 @@ def read_files(load):
     try:
         return load(), None
     except Exception as error:  # whatever Orbax and its readers raise for damaged files
-        return None, OSError(f"{type(error).__name__}: {str(error).strip()[:2000]}")
+        return None, OSError(f"{type(error).__name__}: {str(error).strip()[:500]}")
 
 
 @contextlib.contextmanager

@@ -359,7 +359,12 @@ def test_a_truncated_file_names_a_leaf_and_the_newest_good_step(tmp_path, damage
     with Checkpointer(tmp_path) as checkpoints:
         with pytest.raises(DamagedCheckpointError, match=r"is damaged: .*restore step=1") as error:
             checkpoints.restore(training_state())
-        assert error.value.leaf in describe(training_state())
+        leaf = error.value.leaf
+        assert leaf in describe(training_state())
+        problem = f"{leaf} cannot be read, its files are cut short or not what was written"
+        said = f"{tmp_path / '2'} is damaged: {problem}; restore step=1, the newest one that verifies"
+        assert str(error.value) == said
+        assert isinstance(error.value.__cause__, OSError)  # has what the readers said
         assert error.value.good_step == 1
         assert_bit_equal(checkpoints.restore(training_state(), step=error.value.good_step), training_state(1))
 
