@@ -19,10 +19,16 @@ from pathlib import Path
 
 from experiments.chips import CHIPS, Chip
 from experiments.experiment import UsageError
+from experiments.sharding import MESH_AXES, fill_mesh
 from pallas_kernels import aot
 
 BYTE_POD = "byte_pod"
 GPUS = 8  # of one machine
+FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # slices of TPUs whose network has two axes
+
+
+class CompileError(RuntimeError):
+    """The compiler refuses a program; the message has its reason."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,16 +56,25 @@ def parse_target(target: str) -> tuple[Chip, int]:
     """
     name, _, shape = target.partition(":")
     chip = next((chip for chip in CHIPS if chip.name == name), None)
-    sides = shape.split("x")
-    if chip is not None and all(side.isdigit() and int(side) for side in sides):
-        count = math.prod(map(int, sides))
-        if chip.platform == "tpu" or (len(sides) == 1 and (count < GPUS or count % GPUS == 0)):
-            return chip, count
-    known = ", ".join(chip.name for chip in CHIPS)
-    raise UsageError(
-        f"target is {target!r}; give a kind ({known}) and a shape, such as v5e:16x16 or v5p:8x8x8; of GPUs a number, "
-        f"up to {GPUS} or a multiple of that, such as h200:8"
-    )
+    if chip is None:
+        known = ", ".join(chip.name for chip in CHIPS)
+        raise UsageError(
+            f"target is {target!r}; give a kind ({known}) and a shape, such as v5e:16x16, v5p:8x8x8 or h200:8"
+        )
+    sides = [int(side) if side.isdigit() else 0 for side in shape.split("x")]
+    count = math.prod(sides)
+    match chip.name:
+        case "v5e" | "v6e":
+            fitting, allowed = shape in FLAT, f"slices of {name} are {', '.join(FLAT)}"
+        case "v4" | "v5p":
+            fitting = len(sides) == 3 and all(side in (1, 2) or side % 4 == 0 for side in sides) and count
+            allowed = f"slices of {name} have three sides, each 1, 2 or a multiple of 4, such as {name}:4x4x8"
+        case _:
+            fitting = len(sides) == 1 and count and (count < GPUS or count % GPUS == 0)
+            allowed = f"give a number of GPUs, up to {GPUS} or a multiple of that, such as {name}:8"
+    if not fitting:
+        raise UsageError(f"target is {target!r}; {allowed}")
+    return chip, count
 
 
 def _devices(target: str):
@@ -86,9 +101,11 @@ def compile_for(name: str, config, target: Target, *, timeout: float = 1800) -> 
         The figures, as `render` prints them.
 
     Raises:
-        UsageError: the compiler is not installed, or refuses; with its reason.
+        UsageError: no such target, its compiler is not installed, or the mesh or the configuration does not fit it.
+        CompileError: the compiler refuses.
     """
-    chip, _ = parse_target(target.target)
+    chip, count = parse_target(target.target)
+    fill_mesh(target.mesh, count)
     lacking = aot.missing("h200") if chip.platform == "gpu" else None
     if chip.platform == "tpu" and importlib.util.find_spec("libtpu") is None:
         lacking = "compiling for TPU needs libtpu: pip install 'sparsejax[aot-tpu]'"
@@ -101,8 +118,17 @@ def compile_for(name: str, config, target: Target, *, timeout: float = 1800) -> 
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
-        raise UsageError(f"{name} does not compile for {target.target}: {_reason(done.stderr)}")
-    return json.loads(lines[-1])
+        reason = _reason(done.stderr)
+        if "RESOURCE_EXHAUSTED" in reason:
+            raise CompileError(
+                f"{name} does not fit {target.target} with mesh {' '.join(map(str, target.mesh))}: take more chips, or "
+                f"more of them along fsdp, or a smaller batch\n{reason}"
+            )
+        raise CompileError(f"{name} does not compile for {target.target}: {reason}")
+    found = json.loads(lines[-1])
+    if "refused" in found:
+        raise UsageError(found["refused"])
+    return found
 
 
 def _reason(errors: str) -> str:
@@ -118,7 +144,6 @@ def _work(job: dict) -> None:
     import numpy as np
     from jax.sharding import AxisType, Mesh
 
-    from experiments.sharding import MESH_AXES, fill_mesh
     from sparsejax.analysis.trace_products import count_products
 
     target = Target(**{**job["target"], "mesh": tuple(job["target"]["mesh"])})
@@ -135,7 +160,10 @@ def _work(job: dict) -> None:
     seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    counts, uncounted = count_products(traced.jaxpr, [])
+    try:
+        counts, uncounted = count_products(traced.jaxpr, [])
+    except ValueError:  # loops of kernels without blocks large enough for the chip
+        counts, uncounted = None, ("loops whose trips depend on where blocks lie",)
     found = _traffic(compiled)
     raw = compiled.cost_analysis() or {}
     print(
@@ -149,7 +177,7 @@ def _work(job: dict) -> None:
                 "state_bytes": held,
                 "temporary_bytes": memory.temp_size_in_bytes,
                 "chip_bytes": chip.memory,
-                "flops": sum(counts.values()),
+                "flops": None if counts is None else sum(counts.values()),
                 "uncounted": list(uncounted),
                 "compiler_flops_per_chip": raw.get("flops"),
                 "collectives": found and {kind: [n, found.bytes[kind]] for kind, n in found.calls.items()},
@@ -213,14 +241,19 @@ def _byte_pod(job: dict, mesh):
 
 def _experiment(job: dict, mesh):
     from experiments.configs import EXPERIMENTS
+    from experiments.runs import check_config
     from experiments.sharding import Layout
     from experiments.variant import Variant
 
     experiment = EXPERIMENTS[job["name"]]
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in job["config"].items()}
     config = dataclasses.replace(experiment.config, **fields)
+    check_config(config)
     layout = Layout(mesh, present=False)
-    variant = Variant(experiment, config, config.algorithms[0], experiment.task(config), layout)
+    try:
+        variant = Variant(experiment, config, config.algorithms[0], experiment.task(config), layout)
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
     density = 1 - config.sparsity if variant.sparse else 1.0
     facts = {"density": density, "examples": config.batch_size, "algorithm": variant.name}
     return variant.trace_step(), layout.context(), facts
@@ -249,19 +282,23 @@ def fits(figures: dict) -> bool:
 
 def render(figures: dict) -> str:
     """The figures in words."""
-    gib = 2**30
     used = figures["state_bytes"] + figures["temporary_bytes"]
     data, fsdp, tensor = figures["mesh"]
     lines = [
         f"{figures['name']} ({figures['algorithm']}, density {figures['density']:g}) on {figures['target']}: "
         f"{figures['chips']} chips, data {data} x fsdp {fsdp} x tensor {tensor}, compiled in "
         f"{figures['compile_seconds']} s",
-        f"  memory of a chip   {figures['state_bytes'] / gib:.2f} GiB state + "
-        f"{figures['temporary_bytes'] / gib:.2f} GiB temporary = {used / gib:.2f} of "
-        f"{figures['chip_bytes'] / gib:.0f} GiB: {'fits' if fits(figures) else 'does not fit'}",
-        f"  FLOPs of a step    {figures['flops']:.4g} in all, {figures['flops'] / figures['chips']:.4g} on a chip "
-        "(matrix products of the traced program, loops times their trips)",
+        f"  memory of a chip   {in_bytes(figures['state_bytes'])} state + {in_bytes(figures['temporary_bytes'])} "
+        f"temporary = {in_bytes(used)} of {in_bytes(figures['chip_bytes'])}: "
+        f"{'fits' if fits(figures) else 'does not fit'}",
     ]
+    flops = figures["flops"]
+    lines.append(
+        "  FLOPs of a step    not known"
+        if flops is None
+        else f"  FLOPs of a step    {flops:.4g} in all, {flops / figures['chips']:.4g} on a chip (matrix products of "
+        "the traced program, loops times their trips)"
+    )
     if figures["uncounted"]:
         lines.append(f"    not counted      {', '.join(figures['uncounted'])}")
     raw = figures["compiler_flops_per_chip"]
@@ -271,14 +308,27 @@ def render(figures: dict) -> str:
     of = "in one step (both branches of conditions count)" if known else "not known: the program cannot be read back"
     lines.append(f"  collectives on a chip, {of}")
     for kind, (calls, size) in sorted((figures["collectives"] or {}).items()):
-        lines.append(f"    {kind:18} {calls:6} times, {size / 2**20:.3f} MiB")
+        lines.append(f"    {kind:18} {calls:6} times, {in_bytes(size)}")
     for kind, (calls, size) in sorted((figures["open_collectives"] or {}).items()):
-        lines.append(f"    {kind:18} {calls:6} times in each pass of a search, {size} bytes")
+        lines.append(f"    {kind:18} {calls:6} times in each pass of a search, {in_bytes(size)}")
     if parse_target(figures["target"])[0].platform == "tpu":
-        scalars = figures["kernel_scalar_bytes"] / 2**10
-        lines.append(f"  scalar memory      {scalars:.0f} KiB in the kernel that takes most")
+        scalars = in_bytes(figures["kernel_scalar_bytes"])
+        lines.append(f"  scalar memory      {scalars} in the kernel that takes most")
     lines.append("from the compiler, not measured")
     return "\n".join(lines)
+
+
+def in_bytes(size: int) -> str:
+    """A number of bytes in a fitting unit.
+
+    Example:
+        >>> in_bytes(40), in_bytes(3 * 2**18), in_bytes(3 * 2**29)
+        ('40 bytes', '0.75 MiB', '1.50 GiB')
+    """
+    for unit, bytes_of_unit in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= bytes_of_unit / 4:
+            return f"{size / bytes_of_unit:.2f} {unit}"
+    return f"{size} bytes"
 
 
 def run(name: str, config, target: Target) -> int:
@@ -291,4 +341,7 @@ def run(name: str, config, target: Target) -> int:
 
 
 if __name__ == "__main__":
-    _work(json.loads(sys.argv[1]))
+    try:
+        _work(json.loads(sys.argv[1]))
+    except UsageError as refused:
+        print(json.dumps({"refused": str(refused)}))

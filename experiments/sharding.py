@@ -33,8 +33,14 @@ PARAMETER_AXES = {
 }
 """Globs over names of parameters, and names of their last axes; of those that fit, the last one counts."""
 
-SPLIT = {"embed": "fsdp", "groups": "fsdp", "hidden": "tensor", "heads": "tensor", "vocabulary": "tensor"}
-"""The mesh axis along which a named axis is split."""
+SPLIT = {
+    "embed": ("fsdp",),
+    "groups": ("tensor", "fsdp"),
+    "hidden": ("tensor",),
+    "heads": ("tensor",),
+    "vocabulary": ("tensor",),
+}
+"""The mesh axes along which a named axis is split; where all together do not divide it, the last ones that do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +61,7 @@ class Layout:
 
     mesh: Mesh
     parameter_axes: Mapping[str, tuple] = dataclasses.field(default_factory=lambda: PARAMETER_AXES)
-    split: Mapping[str, str] = dataclasses.field(default_factory=lambda: SPLIT)
+    split: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: SPLIT)
     present: bool = True
 
     @property
@@ -74,9 +80,13 @@ class Layout:
         if not fitting or len(shape) < len(fitting[-1]):
             return PartitionSpec()
         names = (None,) * (len(shape) - len(fitting[-1])) + fitting[-1]
-        places = [self.split.get(axis) for axis in names]
-        whole = [place is None or size % self.mesh.shape[place] for place, size in zip(places, shape, strict=True)]
-        return PartitionSpec(*(None if kept else place for place, kept in zip(places, whole, strict=True)))
+        return PartitionSpec(*(self._place(axis, size) for axis, size in zip(names, shape, strict=True)))
+
+    def _place(self, axis: str | None, size: int) -> str | tuple[str, ...] | None:
+        wanted = self.split.get(axis, ())
+        tails = (wanted[start:] for start in range(len(wanted)))
+        places = next((tail for tail in tails if size % math.prod(self.mesh.shape[name] for name in tail) == 0), ())
+        return places[0] if len(places) == 1 else places or None
 
     def sharding(self, *spec) -> NamedSharding:
         """The sharding of an array with these mesh axes; without any the array is whole on every device."""
@@ -138,24 +148,6 @@ class Layout:
             return function
         return jax.sharding.auto_axes(function, axes=MESH_AXES, out_sharding=out)
 
-    def over_rows(self, function, reduce, *, axis: int = 0):
-        """Runs a function on every device with its part of a batch and the whole network, gathered for it.
-
-        For kernels that the compiler cannot split. The whole mesh splits the batch, `tensor` too. Works in the context
-        of the layout, under automatic partitioning.
-
-        Args:
-            function: `function(params, rest, rows)`.
-            reduce: `jax.lax.pmean` or `jax.lax.psum`: how results of parts become the result of the batch.
-            axis: the axis of `rows` that the mesh splits.
-        """
-        whole, rows = PartitionSpec(), PartitionSpec(*(None,) * axis, MESH_AXES)
-
-        def of_part(params, rest, part):
-            return reduce(function(params, rest, part), MESH_AXES)
-
-        return jax.shard_map(of_part, in_specs=(whole, whole, rows), out_specs=whole)
-
 
 def make_mesh(shape: tuple[int, int, int], axis_types: Literal["auto", "explicit"] = "auto", devices=None) -> Mesh:
     """Makes a mesh of devices.
@@ -205,5 +197,8 @@ def fill_mesh(shape: tuple[int, int, int], devices: int, *, exactly: bool = True
     filled = tuple(devices // known if size == -1 else size for size in shape)
     wanted = math.prod(filled)
     if not 1 <= wanted <= devices or ((exactly or -1 in shape) and wanted != devices):
-        raise UsageError(f"mesh is {shape}, which does not fit {devices} devices: their product must be {devices}")
+        raise UsageError(
+            f"mesh is {shape}, which does not fit {devices} devices: the product must be {devices}; one may be -1, for "
+            "all that are left"
+        )
     return filled

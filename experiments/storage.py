@@ -1,17 +1,65 @@
 """Weights stored in blocks instead of masked: `--storage block`."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from experiments.algorithms import BEFORE_TRAINING, rules_of, structure_of
 from experiments.experiment import UsageError
+from experiments.sharding import BATCH
+from pallas_kernels.block_sparse_matmul import block_sparse_matmul
 from sparsejax import Algorithm
 from sparsejax.masks.budget import count_units
 from sparsejax.masks.paths import map_with_names, named_leaves
 from sparsejax.masks.rules import resolve
-from sparsejax.nn import sparsify_model, split
+from sparsejax.nn import SparseKernel, sparsify_model, split
+from sparsejax.parameters import BlockSparse
 from sparsejax.parameters.slots import store_blocks
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("values", "lists", "probe", "probe_when"),
+    meta_fields=("structure", "layer_shape", "layer_roles"),
+)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class BlocksOnMesh(BlockSparse):
+    """Stored blocks inside a program that the compiler splits over a mesh, which it cannot do with their kernels.
+
+    So their products run under `jax.shard_map`: `data` and `fsdp` split the rows of the inputs, and `tensor` the output
+    columns, group by group; every column is kept whole where `tensor` does not divide the groups.
+    """
+
+    def matmul(self, x: jax.Array, *, implementation: str | None = None) -> jax.Array:
+        """`x @ W`, as `BlockSparse.matmul`, in the context of a mesh; its `data` x `fsdp` must divide `x.shape[0]`."""
+        self.require_one_layer()
+        (inputs, outputs), structure = self.matrix_shape, self.structure
+        parts = jax.sharding.get_abstract_mesh().shape["tensor"]
+        divides = outputs % structure.shape[1] == 0 and structure.groups % parts == 0
+        columns, shape = ("tensor", (inputs, outputs // parts)) if divides else (None, (inputs, outputs))
+        rows, groups = PartitionSpec(BATCH), PartitionSpec(columns)
+
+        def of_part(x, values, lists, probe, probe_when):
+            return block_sparse_matmul(
+                x,
+                values,
+                lists,
+                shape=shape,
+                implementation=implementation,
+                probe=probe,
+                probe_when=probe_when != 0,
+                probe_pooling=structure.pooling,
+            )
+
+        return jax.shard_map(
+            of_part,
+            in_specs=(rows, groups, groups, PartitionSpec(None, columns), PartitionSpec()),
+            out_specs=PartitionSpec(BATCH, *(None,) * (x.ndim - 2), columns),
+        )(x, self.values, self.lists, self.probe, self.probe_when)
 
 
 def stores_blocks(config, name: str) -> bool:
@@ -29,12 +77,13 @@ def stores_blocks(config, name: str) -> bool:
     return True
 
 
-def stored_graph(make_model, config):
+def stored_graph(make_model, config, *, on_mesh: bool):
     """The graph of the model with sparse layers in the place of those that the rules make sparse.
 
     Args:
         make_model: `make_model(rngs)`, the dense model.
         config: a configuration.
+        on_mesh: whether it runs on a mesh.
 
     Returns:
         What `sparsejax.nn.merge` takes.
@@ -46,7 +95,13 @@ def stored_graph(make_model, config):
         _, params, _ = split(model)
         sparse = {leaf.path for leaf in resolve(params, rules, structure_of(config)) if leaf.structure is not None}
         everything = map_with_names(lambda path, p: jnp.ones_like(p, bool) if path in sparse else None, params)
-        return sparsify_model(model, rules, everything, capacity=1.0)
+        model = sparsify_model(model, rules, everything, capacity=1.0)
+        for _, module in nnx.iter_modules(model):
+            if on_mesh and isinstance(module, SparseKernel):
+                weight = module.weight
+                parts = {field.name: getattr(weight, field.name) for field in dataclasses.fields(weight)}
+                module.layout = jax.tree.structure(BlocksOnMesh(**parts))
+        return model
 
     return split(nnx.eval_shape(make))[0]
 

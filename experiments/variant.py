@@ -66,7 +66,7 @@ class Variant:
         make_model = functools.partial(experiment.model, config)
         self._graphdef = nnx.split(nnx.eval_shape(lambda: make_model(nnx.Rngs(0))))[0]
         self.stored = stores_blocks(config, name)
-        self._stored_graph = stored_graph(make_model, config) if self.stored else None
+        self._stored_graph = stored_graph(make_model, config, on_mesh=layout is not None) if self.stored else None
 
         def make_variables(seed):
             _, params, rest = nnx.split(make_model(nnx.Rngs(jax.random.key(seed))), nnx.Param, ...)
@@ -100,8 +100,6 @@ class Variant:
             )
         if self.name in BEFORE_TRAINING and layout.explicit:
             raise UsageError(f"{self.name} finds masks under automatic sharding only: pass --axis-types auto")
-        if self.stored:
-            self._check_rows(rest)
         whole = layout.sharding()
         self._rest_placed = jax.tree.map(lambda _: whole, rest)
         self.placed = layout.of_state(self._abstract, self._abstract.params)
@@ -114,17 +112,6 @@ class Variant:
         self._step = jax.jit(self.step, donate_argnums=0, out_shardings=results)
         self.run_step = self._in_context(self._step)
         self._evaluation = self._in_context(jax.jit(self._sums, out_shardings=whole))
-
-    def _check_rows(self, rest) -> None:
-        """Kernels of stored blocks see the rows of their device only."""
-        size, devices = self.config.batch_size, self.layout.mesh.size
-        if size % devices:
-            raise UsageError(
-                f"batch_size is {size}; with --storage block all {devices} devices of the mesh share it, so {devices} "
-                "must divide it"
-            )
-        if found := [name for name, _ in named_leaves(rest)]:
-            raise UsageError(f"{found[0]} is of a whole batch; with --storage block leave out the mesh")
 
     def _in_context(self, function):
         def call(*arguments):
@@ -226,8 +213,6 @@ class Variant:
             loss = mean_loss(model(inputs, train=True), targets)
             return loss, nnx.as_pure(nnx.state(model, nnx.Not(nnx.Any(nnx.Param, Indices))))
 
-        if self.stored and self.layout is not None:
-            loss_and_rest = self.layout.over_rows(loss_and_rest, jax.lax.pmean)
         gradient = value_and_grad(loss_and_rest, has_aux=True)
         if self.layout is not None:
             out = ((self.layout.sharding(), self._rest_placed), self.placed.params)
@@ -267,8 +252,6 @@ class Variant:
 
             return jax.tree.map(jnp.sum, jax.lax.map(sums, heldout))
 
-        if self.stored and self.layout is not None:
-            total = self.layout.over_rows(total, jax.lax.psum, axis=1)
         if self.layout is not None:
             total = self.layout.automatically(total, out=self.layout.sharding())
         return total(params, rest, heldout)

@@ -32,7 +32,7 @@ class Config:
     structure: names.Structure = "unstructured"
     # rows and columns of a block, for --structure block
     block: tuple[int, int] = (16, 16)
-    # groups of columns of blocks that keep equally many; a multiple of the mesh's fsdp splits what is stored along it
+    # groups of columns of blocks that keep equally many; a multiple of the mesh's tensor x fsdp splits them along both
     block_groups: int = 1
     # masks over dense weights, or only the blocks that are kept: then time and memory follow the density
     storage: names.Storage = "masks"

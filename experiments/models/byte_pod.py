@@ -121,7 +121,7 @@ AXES = {
     "out": (None, None, "width"),
     "*/values": ("group", None, None, None),
 }
-SPLIT = {"width": "fsdp", "group": "fsdp"}
+SPLIT = {"width": ("fsdp",), "group": ("fsdp",)}
 
 
 def layout_on(mesh, present: bool = True) -> Layout:

@@ -1,5 +1,7 @@
 """Given the same gradients, masks and weights on a mesh are those of one device, bit for bit."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,11 @@ import pytest
 import tiny
 
 import sparsejax
+from experiments.configs import digits_conv
 from experiments.configs.bytes_lm import EXPERIMENT
 from experiments.experiment import UsageError
-from experiments.sharding import Layout, make_mesh
+from experiments.sharding import BATCH, Layout, make_mesh
+from experiments.storage import BlocksOnMesh
 from experiments.variant import Variant
 from sparsejax.masks.paths import named_leaves
 
@@ -112,17 +116,65 @@ def test_the_trainer_on_a_mesh_trains_as_on_one_device(name, axis_types):
         assert np.mean(np.asarray(here) != np.asarray(there)) < 0.01, path
 
 
+def products(weight, x, dy):
+    """y = x W, and the gradients of the sum of y * dy: of x, and of the stored weight."""
+
+    def total(params):
+        y = params["weight"].matmul(params["x"])
+        return jnp.sum(y * dy), y
+
+    (_, y), grads = sparsejax.value_and_grad(total, has_aux=True)({"weight": weight, "x": x})
+    return y, grads["x"], grads["weight"]
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"batch_size": 6}, "batch_size is 6; the mesh's data x fsdp, 4, must divide it"),
-        (
-            {"batch_size": 12, **tiny.STORED},
-            "batch_size is 12; with --storage block all 8 devices of the mesh share it",
-        ),
-    ],
+    ("mesh", "groups"),
+    [((2, 2, 2), 4), *(pytest.param(*c, marks=pytest.mark.slow) for c in [((1, 1, 8), 8), ((2, 1, 4), 2)])],
 )
-def test_a_batch_must_divide_over_the_mesh(changes, message):
-    config = tiny.config(**changes)
-    with pytest.raises(UsageError, match=message):
+def test_products_of_stored_blocks_on_a_mesh_are_those_of_one_device(mesh, groups):
+    """`tensor` splits output columns group by group; where it does not divide the groups, all of them stay whole."""
+    structure, layout = sparsejax.Block((8, 8), groups=groups), Layout(make_mesh(mesh))
+    x, dy, dense = (draw(jnp.zeros(shape), seed) for seed, shape in enumerate([(8, 5, 32), (8, 5, 64), (32, 64)]))
+    mask = structure.mask(jnp.abs(dense), 0.5)
+    weight = sparsejax.to_sparse({"kernel": dense}, {"kernel": mask}, structure)["kernel"]
+    weight = dataclasses.replace(weight, probe_when=jnp.int32(1))
+    y, dx, dweight = jax.jit(products)(weight, x, dy)
+    spread = BlocksOnMesh(**{field.name: getattr(weight, field.name) for field in dataclasses.fields(weight)})
+    with layout.context():
+        there = jax.jit(products)(spread, jax.device_put(x, layout.sharding(BATCH)), dy)
+    split = groups % mesh[2] == 0
+    assert there[0].sharding.is_equivalent_to(layout.sharding(BATCH, None, "tensor" if split else None), 3)
+    np.testing.assert_array_equal(there[0], y)  # each output is summed on one device
+    np.testing.assert_allclose(there[1], dx, rtol=1e-5, atol=1e-5)
+    for leaf in ("values", "probe"):
+        np.testing.assert_allclose(getattr(there[2], leaf), getattr(dweight, leaf), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_batch_statistics_beside_stored_blocks_are_those_of_the_whole_batch():
+    config = dataclasses.replace(
+        digits_conv.Config(),
+        storage="block",
+        block_groups=2,
+        dense_layers=("stem_conv/kernel", "head/kernel"),
+        channels=(8, 16),
+        batch_size=16,
+        sparsity=0.5,
+        learning_rate=1e-3,
+    )
+    task, ends = digits_conv.EXPERIMENT.task(config), []
+    task = dataclasses.replace(task, heldout=[jax.tree.map(lambda rows: rows[:16], batch) for batch in task.heldout])
+    for layout in (None, Layout(make_mesh((2, 2, 2)))):
+        variant = Variant(digits_conv.EXPERIMENT, config, "rigl", task, layout)
+        state = variant.first_state(0)
+        state, (loss, _) = variant.run_step(state, variant.place(next(iter(task.batches(0)))), np.uint32(0))
+        ends.append((loss, state.rest, variant.evaluate(state)))
+    assert jax.tree.leaves(ends[0][1])
+    for one, eight in zip(*map(jax.tree.leaves, ends), strict=True):
+        np.testing.assert_allclose(eight, one, rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_must_divide_over_the_mesh():
+    config = tiny.config(batch_size=6)
+    with pytest.raises(UsageError, match="batch_size is 6; the mesh's data x fsdp, 4, must divide it"):
         Variant(EXPERIMENT, config, "rigl", EXPERIMENT.task(config), Layout(make_mesh((2, 2, 2))))

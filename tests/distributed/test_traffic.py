@@ -8,19 +8,25 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import sparsejax
-from experiments.compile import parse_target
+from experiments.compile import Target, compile_for, parse_target
 from experiments.experiment import UsageError
 from experiments.hlo import traffic
 from experiments.sharding import Layout, fill_mesh, make_mesh
 from sparsejax.analysis.trace_products import count_products
+from sparsejax.parameters import to_sparse
 
 
-def mask_update_traffic(layers: int, width: int):
-    """Traffic of one call of `update`, in which masks may move, under an optimizer that needs none itself."""
+def mask_update_traffic(layers: int, width: int, stored: sparsejax.Block | None = None):
+    """Traffic of one call of `update`, in which masks may move, under an optimizer that needs none itself.
+
+    With `stored`, half of the blocks of weights are stored.
+    """
     layout = Layout(make_mesh((2, 2, 2)))
-    algorithm = sparsejax.rigl(0.8, distribution=sparsejax.uniform, update_every=2)
+    given = {} if stored is None else {"structure": stored}
+    algorithm = sparsejax.rigl(0.8, distribution=sparsejax.uniform, update_every=2, **given)
     optimizer = sparsejax.sparsify(optax.sgd(0.1), algorithm)
-    params = {f"layer{i}": {"kernel": jax.ShapeDtypeStruct((width, width), jnp.float32)} for i in range(layers)}
+    shapes = {f"layer{i}": {"kernel": jax.ShapeDtypeStruct((width, width), jnp.float32)} for i in range(layers)}
+    params = shapes if stored is None else jax.eval_shape(lambda p: to_sparse(p, None, stored, capacity=0.5), shapes)
     state = jax.eval_shape(optimizer.init, params)
 
     def put(tree):
@@ -38,6 +44,17 @@ def test_mask_updates_exchange_a_few_numbers_a_layer():
     assert one == wide, "the traffic depends on the size of layers"
     assert 2 * one.total < three.total <= 3 * one.total + 32
     assert one.total < 500  # bytes, while the layer itself has 4096 and 262144
+
+
+@pytest.mark.slow
+def test_updates_of_stored_blocks_exchange_a_few_numbers_a_slot():
+    """Half of 16 x 16 blocks have slots, half of as many larger ones, and half of 32 x 32."""
+    few, larger, many = (
+        mask_update_traffic(1, width, sparsejax.Block((block, block), groups=4))
+        for width, block in ((64, 4), (256, 16), (128, 4))
+    )
+    assert few == larger, "the traffic depends on the size of blocks"
+    assert many.total - few.total <= 20 * (512 - 128)  # where four orders put a slot; and for a block, a byte
 
 
 def test_loops_count_as_often_as_they_run():
@@ -94,14 +111,24 @@ def test_flops_of_the_trace_are_those_of_an_unrolled_program():
 def test_targets_and_meshes_that_do_not_exist_are_refused():
     assert parse_target("v5e:16x16")[1] == 256
     assert parse_target("h200:16")[1] == 16
-    for target in ("v5", "v5p", "v5p:8by8", "h200:4x2", "h200:12"):
-        with pytest.raises(UsageError, match=f"target is '{target}'; give a kind .* such as v5e:16x16"):
+    for target, message in {
+        "v5": "give a kind .* such as v5e:16x16",
+        "v5p": "slices of v5p have three sides, each 1, 2 or a multiple of 4, such as v5p:4x4x8",
+        "v5p:8by8": "slices of v5p have three sides",
+        "v4:4x0x4": "slices of v4 have three sides",
+        "v5e:3x7": "slices of v5e are 1x1, .*, 16x16",
+        "h200:4x2": "give a number of GPUs, up to 8 or a multiple of that, such as h200:8",
+        "h200:12": "give a number of GPUs",
+    }.items():
+        with pytest.raises(UsageError, match=f"target is '{target}'; {message}"):
             parse_target(target)
+    with pytest.raises(UsageError, match=r"mesh is \(3, 1, 1\), .* 256 devices: the product must be 256"):
+        compile_for("byte_pod", None, Target("v5e:16x16", (3, 1, 1)))  # before anything is compiled
     with pytest.raises(UsageError, match=r"mesh is \(3, -1, 1\), which does not fit 8 devices"):
         fill_mesh((3, -1, 1), 8)
     with pytest.raises(UsageError, match=r"one of them may be -1"):
         fill_mesh((-1, -1, 1), 8)
-    with pytest.raises(UsageError, match=r"their product must be 8"):
+    with pytest.raises(UsageError, match=r"the product must be 8"):
         make_mesh((4, 4, 1))
 
 
