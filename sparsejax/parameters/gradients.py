@@ -63,5 +63,5 @@ def apply_updates(params, updates):
 
 
 def _whole(update, leaf):
-    fits = jnp.issubdtype(jnp.result_type(update), jnp.integer) or not jnp.issubdtype(leaf.dtype, jnp.integer)
-    return update if fits else jnp.zeros_like(leaf)
+    whole, index = (jnp.issubdtype(jnp.result_type(value), jnp.integer) for value in (update, leaf))
+    return jnp.zeros_like(leaf) if index and not whole else update
