@@ -36,6 +36,7 @@ from sparsejax.parameters.convert import to_sparse as to_sparse
 from sparsejax.parameters.gradients import apply_updates as apply_updates
 from sparsejax.parameters.gradients import value_and_grad as value_and_grad
 from sparsejax.parameters.nm_sparse import NMSparse as NMSparse
+from sparsejax.parameters.repack import repack as repack
 from sparsejax.topology import scores as scores
 from sparsejax.topology.algorithm import Algorithm as Algorithm
 from sparsejax.topology.algorithm import Memory as Memory

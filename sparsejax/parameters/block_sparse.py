@@ -94,6 +94,12 @@ class BlockSparse(StoredWeight):
         """Which slots hold a block: bool [..., groups, slots]."""
         return self.lists.rows < self.grid[0]
 
+    @property
+    def intact(self) -> jax.Array:
+        """Whether the lists agree on the number of blocks; not after they were taken for weights. Bool scalar."""
+        blocks = jnp.sum(self.active, axis=-1)
+        return jnp.all((self.lists.out_ptr[..., -1] == blocks) & (self.lists.in_ptr[..., -1] == blocks))
+
     def mask(self) -> jax.Array:
         """Which blocks are kept: bool [..., rows of blocks, columns of blocks]."""
         return _mask(self)

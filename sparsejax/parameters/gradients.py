@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sparsejax.masks.paths import is_stored, named_leaves
+
 
 def value_and_grad(function, argnums: int | tuple[int, ...] = 0, *, has_aux: bool = False):
     """`jax.value_and_grad` for parameters that hold stored weights.
@@ -19,6 +21,10 @@ def value_and_grad(function, argnums: int | tuple[int, ...] = 0, *, has_aux: boo
         A function like `function` that returns its value and the gradients: trees like the arguments, with zeros for
         the integers in them. The gradient of a `BlockSparse` has its values alone; see `to_dense`.
 
+    Raises:
+        ValueError: the indices of a stored weight are damaged, as weight decay of an optimizer without `sparsify`
+            leaves them; see `apply_updates`. Under jit, where they cannot be looked at, the value is NaN.
+
     Example:
         >>> params = {"weight": jnp.array([1.0, 2.0]), "index": jnp.array([1, 0])}
         >>> value, grads = value_and_grad(lambda p: jnp.sum(p["weight"][p["index"]] ** 2))(params)
@@ -31,9 +37,28 @@ def value_and_grad(function, argnums: int | tuple[int, ...] = 0, *, has_aux: boo
     def value_and_gradients(*args, **kwargs):
         value, grads = differentiate(*args, **kwargs)
         like = args[argnums] if isinstance(argnums, int) else tuple(args[index] for index in argnums)
+        if has_aux:
+            value = _checked(value[0], like), value[1]
+        else:
+            value = _checked(value, like)
         return value, jax.tree.map(_zero_for_integers, grads, like)
 
     return value_and_gradients
+
+
+def _checked(value, tree):
+    """The value; NaN, or an error where they can be looked at, if indices of stored weights in the tree are damaged."""
+    for path, weight in named_leaves(tree, is_stored):
+        if not is_stored(weight):
+            continue
+        intact = weight.intact
+        if not isinstance(intact, jax.core.Tracer) and not intact:
+            raise ValueError(
+                f"{path}: {weight} has damaged indices: an optimizer took them for weights. Wrap it in "
+                "sparsejax.sparsify, with from_masks(masks) where blocks stay, or use sparsejax.apply_updates"
+            )
+        value = jnp.where(intact, value, jnp.nan)
+    return value
 
 
 def _zero_for_integers(gradient, leaf):

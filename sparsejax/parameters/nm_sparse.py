@@ -73,6 +73,13 @@ class NMSparse(StoredWeight):
         choice = explain(x, layer.values, layer.positions, n=n, m=m, share=share)
         return f"{choice.platform}: {choice.name}"
 
+    @property
+    def intact(self) -> jax.Array:
+        """Whether places within each group ascend; not after they were taken for weights. Bool scalar."""
+        n, m = self.structure.n, self.structure.m
+        groups = self.positions.reshape(*self.positions.shape[:-2], -1, n, self.positions.shape[-1])
+        return jnp.all(groups < m) & jnp.all(groups[..., 1:, :] > groups[..., :-1, :])
+
     def matmul(self, x: jax.Array, *, implementation: str | None = None) -> jax.Array:
         """`x @ W` with W laid out as a matrix, rows inputs and columns outputs.
 

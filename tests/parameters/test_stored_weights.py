@@ -200,6 +200,24 @@ def test_patterns_that_stay_are_trained_by_any_optimizer(structure, wrapped):
     chex.assert_trees_all_close(got, train(plain, {"kernel": dense}, mask), atol=1e-5)
 
 
+@pytest.mark.parametrize("structure", [Block((4, 4)), NM(2, 4)])
+def test_indices_that_were_taken_for_weights_are_noticed(structure):
+    _, stored = weight((8, 12), structure)
+    params = {"kernel": stored}
+    optimizer = optax.adamw(0.1, weight_decay=0.5)
+
+    def step(params):
+        value, grads = value_and_grad(lambda params: jnp.sum(jnp.ones((2, 8)) @ params["kernel"]))(params)
+        updates, _ = optimizer.update(grads, optimizer.init(params), params)
+        return value, optax.apply_updates(params, updates)
+
+    value, damaged = step(params)
+    assert jnp.isfinite(value)
+    with pytest.raises(ValueError, match=r"kernel: .* has damaged indices.*apply_updates"):
+        step(damaged)
+    assert jnp.isnan(jax.jit(step)(damaged)[0])
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
