@@ -5,6 +5,8 @@ PAPER:    Tang et al., "Quest: Query-Aware Sparsity for Efficient Long-Context L
 COMMAND:  python -m experiments run quest
 CLAIM:    a few pages, chosen anew for every query by an upper bound of its logits, give nearly the dense result, and
           better ones than the newest pages; time follows the number of pages
+RESULT:   bits per byte, seed 0, from 2, 4 and 8 pages: 2.873, 2.774, 2.745; from the first and newest 3.032, 2.797,
+          2.743; from all 2.726. At 8 pages, 28 % of this short cache, choosing gains nothing any more
 """
 
 import dataclasses

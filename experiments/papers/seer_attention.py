@@ -4,6 +4,10 @@ PAPER:    Gao et al., "SeerAttention: Learning Intrinsic Sparse Attention in You
 COMMAND:  python -m experiments run seer_attention
 CLAIM:    the gate, trained by distillation alone, chooses nearly as well as one that knows the attention weights, so
           that a fraction of the blocks gives nearly the dense result; time follows the number of blocks
+RESULT:   bits per byte, seed 0, at 12, 23, 34 and 48 % of the causal blocks: 2.863, 2.761, 2.743, 2.735 by the gate;
+          2.874, 2.765, 2.741, 2.731 by the true maxima; 2.886, 2.767, 2.743, 2.733 by pooled queries and keys; 2.939,
+          2.771, 2.747, 2.736 by the newest blocks; dense 2.725. So small a model looks back so little that choosing
+          well pays below a quarter of the blocks only
 """
 
 import dataclasses

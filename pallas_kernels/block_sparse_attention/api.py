@@ -62,9 +62,15 @@ def _prepare(q, k, v, lists, scale, soft_cap, alibi, bias, block_bias, sinks, dr
     for name, value in (("kv_lengths", kv_lengths), ("page_table", page_table)):
         if value is not None and not jnp.issubdtype(value.dtype, jnp.integer):
             raise ValueError(f"{name} has dtype {value.dtype}; it must be an integer array")
+    if isinstance(scale, jax.core.Tracer):
+        raise ValueError(f"scale={scale}; it must be a known number: multiply q by one that is traced")
+    if dropout is not None and not (isinstance(dropout, tuple | list) and len(dropout) == 2):
+        raise ValueError(f"dropout={dropout}; it must be (rate, key), or None")
     rate, key = dropout or (0.0, None)
     if not 0 <= rate < 1:
         raise ValueError(f"dropout=({rate}, key): the rate must be at least 0 and below 1")
+    if rate and key is None:
+        raise ValueError(f"dropout=({rate}, None): a jax.random key is needed, jax.random.key(0) for one")
     settings = Settings(
         scale=1 / math.sqrt(dim) if scale is None else float(scale),
         soft_cap=None if soft_cap is None else float(soft_cap),
@@ -143,7 +149,8 @@ def block_sparse_attention(
 
     logits = soft_cap * tanh(scale q . k / soft_cap) - alibi |q_pos - kv_pos| + bias + block_bias. Sums are
     accumulated in float32 (float64 for float64). A query that sees no key gets output 0, lse -inf and zero gradients.
-    Gradients flow to q, k, v, alibi, bias, block_bias and sinks, also from lse.
+    Gradients flow to q, k, v, alibi, bias, block_bias and sinks, also from lse; gradients of gradients, and forward
+    mode, are those of implementation="reference" only.
 
     Args:
         q: [B, Sq, H, D].

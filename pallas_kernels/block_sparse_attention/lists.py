@@ -265,4 +265,5 @@ def check_lists(lists: BlockLists, batch: int, heads: int, kv_heads: int) -> Non
         else:
             raise ValueError(f"payload {name!r}: a name is 'bits' or begins with one of {', '.join(_PREFIXES)}")
         if shape not in allowed:
-            raise ValueError(f"payload {name!r} has shape {shape}; allowed: {' or '.join(map(str, allowed))}")
+            per_head = "; masks per head need one for every query head" if name.startswith("head_") else ""
+            raise ValueError(f"payload {name!r} has shape {shape}; allowed: {' or '.join(map(str, allowed))}{per_head}")

@@ -138,7 +138,7 @@ def _lists(q, k, mask, q_positions, kv_positions, bq, bk, page_table):
     if page_table is not None:
         bk = k.shape[1] if bk is None else bk
     q_len, kv_len = q.shape[1], k.shape[1] if page_table is None else page_table.shape[1] * k.shape[1]
-    blocks = {"bq": bq or 128, "bk": bk or 128}
+    blocks = {"bq": 128 if bq is None else bq, "bk": 128 if bk is None else bk}
     if q_positions is None and kv_positions is None and not mask.arrays:
         return _compiled(mask.rule, mask.text, q_len, kv_len, **blocks).lists
     return compile_mask(

@@ -34,6 +34,7 @@ class TopK:
     max_blocks: int | None = dataclasses.field(default=None, metadata=_STATIC)
 
     def __post_init__(self):
+        _whole(k=self.k, max_blocks=self.max_blocks)
         if self.max_blocks is None and isinstance(self.k, int):
             object.__setattr__(self, "max_blocks", self.k)
 
@@ -61,6 +62,10 @@ class TopP:
     p: float | jax.Array
     max_blocks: int | None = dataclasses.field(default=None, metadata=_STATIC)
 
+    def __post_init__(self):
+        _share(p=self.p)
+        _whole(max_blocks=self.max_blocks)
+
     def width(self, blocks: int) -> int:
         """Bound on the number of chosen blocks."""
         return _width(self.max_blocks, blocks)
@@ -87,6 +92,10 @@ class Coverage:
     min_blocks: int | jax.Array = 1
     max_blocks: int | None = dataclasses.field(default=None, metadata=_STATIC)
 
+    def __post_init__(self):
+        _share(alpha=self.alpha)
+        _whole(min_blocks=self.min_blocks, max_blocks=self.max_blocks)
+
     def width(self, blocks: int) -> int:
         """Bound on the number of chosen blocks."""
         return _width(self.max_blocks, blocks)
@@ -111,6 +120,9 @@ class Threshold:
     threshold: float | jax.Array
     max_blocks: int | None = dataclasses.field(default=None, metadata=_STATIC)
 
+    def __post_init__(self):
+        _whole(max_blocks=self.max_blocks)
+
     def width(self, blocks: int) -> int:
         """Bound on the number of chosen blocks."""
         return _width(self.max_blocks, blocks)
@@ -132,8 +144,7 @@ class Ratio:
     ratio: float = dataclasses.field(metadata=_STATIC)
 
     def __post_init__(self):
-        if not 0 < self.ratio <= 1:
-            raise ValueError(f"ratio must be above 0 and at most 1, not {self.ratio}")
+        _share(ratio=self.ratio)
 
     def width(self, blocks: int) -> int:
         """Bound on the number of chosen blocks."""
@@ -159,6 +170,9 @@ class Random:
     ratio: float = dataclasses.field(metadata=_STATIC)
     key: jax.Array
     same_rows: bool = dataclasses.field(default=False, metadata=_STATIC)
+
+    def __post_init__(self):
+        _share(ratio=self.ratio)
 
     def width(self, blocks: int) -> int:
         """Bound on the number of chosen blocks."""
@@ -194,6 +208,9 @@ class Forced:
     local: int = 0
     last_rows: int = 0
 
+    def __post_init__(self):
+        _whole(sinks=self.sinks, local=self.local, last_rows=self.last_rows)
+
     def grid(self, q_bounds, kv_bounds, nq: int, nk: int, bk: int):
         """The forced tiles, bool [1 or B, 1, nq, nk], from the (least, greatest) position of each block."""
         kept = (np.arange(nk) < self.sinks) | (np.arange(nq)[:, None] >= nq - self.last_rows)
@@ -210,6 +227,20 @@ class Forced:
             return nk
         near = 2 + 2 * self.local + math.ceil(bq / bk) if self.diagonal or self.local else 0
         return min(nk, self.sinks + near)
+
+
+def _share(**shares) -> None:
+    """Refuses numbers that are no shares; what is traced cannot be looked at."""
+    for name, share in shares.items():
+        if isinstance(share, (int, float, np.number)) and not 0 < share <= 1:
+            raise ValueError(f"{name} must be above 0 and at most 1, not {share}")
+
+
+def _whole(**numbers) -> None:
+    """Refuses numbers that count nothing; what is traced cannot be looked at."""
+    for name, number in numbers.items():
+        if isinstance(number, (float, np.floating)) or (isinstance(number, (int, np.integer)) and number < 0):
+            raise ValueError(f"{name} must be an int of at least 0, not {number}")
 
 
 def _width(max_blocks: int | None, blocks: int) -> int:

@@ -172,7 +172,7 @@ def from_lists(
         The mask; never a grid of all tiles.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not fit, or lists that are no JAX arrays name a block that is not there.
 
     Example:
         >>> mask = from_lists([[[[1, 0], [1, -1]]]], [[[2, 1]]], Causal(), q_len=4, kv_len=4, bq=2, bk=2)
@@ -181,7 +181,9 @@ def from_lists(
     """
     sides = {"bq": bq, "bk": bk, "q_len": q_len, "kv_len": kv_len}
     nq, nk = math.ceil(q_len / bq), math.ceil(kv_len / bk)
-    idx, count = jnp.asarray(idx, jnp.int32), jnp.asarray(count, jnp.int32)
+    on_host = not isinstance(idx, jax.Array) and not isinstance(count, jax.Array)
+    xp = np if on_host else jnp
+    idx, count = xp.asarray(idx, np.int32), xp.asarray(count, np.int32)
     if idx.ndim != 4 or idx.shape[2] != nq or count.shape != idx.shape[:3]:
         raise ValueError(
             f"idx {list(idx.shape)} and count {list(count.shape)} must be [batch, heads, {nq}, W] and [batch, heads, "
@@ -189,8 +191,10 @@ def from_lists(
         )
     base = Full() if base is None else base
     values = base.values(q_len, kv_len, q_positions, kv_positions)
+    kept = np.arange(idx.shape[-1]) < count[..., None]
+    if on_host and (wrong := idx[kept & ((idx < 0) | (idx >= nk))]).size:
+        raise ValueError(f"idx lists the block {wrong[0]}; {kv_len} keys in blocks of {bk} are blocks 0 to {nk - 1}")
     idx = jnp.clip(idx, 0, nk - 1)
-    kept = jnp.arange(idx.shape[-1]) < count[..., None]
     kind = tile_kinds(base.rule, values, **sides, columns=idx)
     shape = jnp.broadcast_shapes(kind.shape, idx.shape)
     idx, kept = jnp.broadcast_to(idx, shape), jnp.broadcast_to(kept, shape)

@@ -103,7 +103,7 @@ class Mask:
             `table_*` [1 or B, 1 or H, ., .].
 
         Raises:
-            ValueError: an array does not have the length of the sequence.
+            ValueError: an array does not have the length of the sequence, or positions are not integers.
         """
         q_positions = np.arange(q_len, dtype=np.int32) if q_positions is None else jnp_or_np(q_positions)
         kv_positions = np.arange(kv_len, dtype=np.int32) if kv_positions is None else jnp_or_np(kv_positions)
@@ -112,6 +112,8 @@ class Mask:
         for name, array in {"q_pos": q_positions, "kv_pos": kv_positions, **self.arrays}.items():
             side = name.split("_")[0]
             if side in lengths:
+                if not np.issubdtype(array.dtype, np.integer):
+                    raise ValueError(f"{name} has dtype {array.dtype}; positions must be integers")
                 array = array[None] if array.ndim == 1 else array
                 if array.ndim != 2 or array.shape[1] != lengths[side]:
                     raise ValueError(

@@ -58,6 +58,8 @@ class SparseAttention(nnx.MultiHeadAttention):
             raise ValueError(
                 "SparseAttention has its own attention; give attention_fn to nnx.MultiHeadAttention instead"
             )
+        if pattern is not None and not isinstance(pattern, (Mask, BlockMask)):
+            raise TypeError(f"pattern must be a Mask, a BlockMask or None, not {type(pattern).__name__}")
         if selector is not None and isinstance(pattern, BlockMask):
             raise ValueError("a selector chooses among the tiles of a Mask: give the pattern as an expression")
         super().__init__(num_heads, in_features, *args, **options)

@@ -195,5 +195,18 @@ def test_errors_say_what_is_wrong():
         from_lists(np.zeros((1, 1, 3, 2), int), np.zeros((1, 1, 3), int), **SIZES)
     with pytest.raises(ValueError, match="ratio must be above 0"):
         Ratio(0.0)
+    with pytest.raises(ValueError, match="idx lists the block 6; 22 keys in blocks of 4 are blocks 0 to 5"):
+        from_lists(np.full((1, 1, 4, 2), 6), np.ones((1, 1, 4), int), **SIZES)
+    for make, message in (
+        (lambda: TopK(-1), "k must be an int of at least 0, not -1"),
+        (lambda: TopK(1.5), "k must be an int of at least 0, not 1.5"),
+        (lambda: TopP(1.5), "p must be above 0 and at most 1, not 1.5"),
+        (lambda: Coverage(-0.1), "alpha must be above 0"),
+        (lambda: Threshold(0.1, -1), "max_blocks must be an int of at least 0"),
+        (lambda: Random(2.0, jax.random.key(0)), "ratio must be above 0"),
+        (lambda: Forced(sinks=-1), "sinks must be an int of at least 0, not -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
     with pytest.raises(ValueError, match="needs max_blocks"):
         TopK(jnp.asarray(2)).width(6)

@@ -74,6 +74,8 @@ def test_attention_fn_serves_multi_head_attention():
     )
     everything = plain(attention_fn=attention_fn(**BLOCKS))
     np.testing.assert_allclose(everything(X, is_causal=True), theirs(X, is_causal=True), atol=3e-5, rtol=3e-5)
+    with pytest.raises(TypeError, match="must be a Mask, a BlockMask or None, not str"):
+        SparseAttention(4, 32, pattern="causal", rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="cannot be sown"):
         ours(X, sow_weights=True)
     with pytest.raises(ValueError, match="24 queries and 12 keys"):

@@ -201,6 +201,8 @@ def test_explain_names_the_choice_and_the_reasons():
         ({"bias": jnp.zeros((24, 24))}, "with four axes"),
         ({"soft_cap": 0.0}, "soft_cap=0.0; it must be positive"),
         ({"dropout": (1.0, None)}, "at least 0 and below 1"),
+        ({"dropout": (0.5, None)}, "a jax.random key is needed"),
+        ({"dropout": 0.5}, r"dropout=0.5; it must be \(rate, key\)"),
         ({"kv_lengths": jnp.zeros(3, jnp.int32)}, r"kv_lengths has shape \(3,\)"),
         ({"kv_lengths": jnp.zeros(2)}, "must be an integer array"),
         ({"block_stats": "median"}, "block_stats='median'"),
@@ -225,6 +227,8 @@ def test_wrong_shapes_are_named():
         block_sparse_attention(q, k[:, :20], v[:, :20], lists)
     with pytest.raises(ValueError, match="not a multiple"):
         block_sparse_attention(jnp.zeros((2, 24, 3, 16)), jnp.zeros((2, 24, 2, 16)), jnp.zeros((2, 24, 2, 16)), lists)
+    with pytest.raises(ValueError, match="multiply q by one that is traced"):
+        jax.jit(lambda scale: block_sparse_attention(q, k, v, lists, scale=scale))(0.5)
     bad: BlockLists = dataclasses.replace(lists, payload={"colour": jnp.zeros(3)})
     with pytest.raises(ValueError, match="payload 'colour'"):
         block_sparse_attention(q, k, v, bad)
