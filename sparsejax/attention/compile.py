@@ -62,8 +62,10 @@ def compile_mask(
         ([[0, 0, 0], [0, 1, 1], [0, 1, 2], [0, 2, 3]], [1, 2, 3, 3])
     """
     for name, number in (("q_len", q_len), ("kv_len", kv_len), ("bq", bq), ("bk", bk)):
-        if not isinstance(number, (int, np.integer)) or number < 1:
-            raise ValueError(f"{name} must be an int of at least 1, not {number}")
+        if not isinstance(number, (int, np.integer)):
+            raise ValueError(f"{name} must be an int, not {number}")
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, not {number}")
     values = mask.values(q_len, kv_len, q_positions, kv_positions)
     sides = {"bq": bq, "bk": bk, "q_len": q_len, "kv_len": kv_len}
     in_order = q_positions is None and kv_positions is None
