@@ -110,7 +110,7 @@ def _attend_bwd(name, settings, residuals, cotangents):
         )
     do, dlse = cotangents
     # A query without keys has lse = -inf: whatever arrives there belongs to no key.
-    dlse = jnp.where(lse > -jnp.inf, dlse, 0).astype(lse.dtype)
+    dlse = jnp.where(lse != -jnp.inf, dlse, 0).astype(lse.dtype)
     dq, dk, dv, grads = choices.path(KERNEL, name).backward(q, k, v, lists, extras, settings, o, lse, do, dlse)
     missing = [
         f for f in ("alibi", "bias", "block_bias") if getattr(extras, f) is not None and getattr(grads, f) is None

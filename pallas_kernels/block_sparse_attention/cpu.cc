@@ -601,7 +601,7 @@ ffi::Error Forward(ffi::ThreadPool pool, int64_t bq, int64_t bk, float scale, fl
     for (int64_t r = 0; r < at.rows; r++) {
       float* to = result(r);
       const float total = soft.total[r];
-      const bool some = total > 0;
+      const bool some = !(total <= 0);  // NaN is shown, not hidden
       if (some) {
         CopyScaled(out + r * c.v_dim_p, c.v_dim, 1.f / total, to);
       } else {
@@ -825,14 +825,10 @@ void Soften(const Call& c, int64_t rows, int64_t columns, float* s, float* top, 
       m0 = Larger(Load(row + x), m0);
       m1 = Larger(Load(row + x + kWide), m1);
     }
-    const float before = top[r], now = std::max(before, Max(Larger(m0, m1)));
-    if (now == kNothing) {
-      std::memset(row, 0, columns * 4);
-      continue;
-    }
+    const float before = top[r], now = std::max(before, Max(Larger(m0, m1))), from = now == kNothing ? 0.f : now;
     Real sum0 = Real{}, sum1 = Real{};
     for (int64_t x = 0; x < columns; x += kPanel) {
-      const Real a = Exp2(Load(row + x) - now), b = Exp2(Load(row + x + kWide) - now);
+      const Real a = Exp2(Load(row + x) - from), b = Exp2(Load(row + x + kWide) - from);
       sum0 += a;
       sum1 += b;
       Store(row + x, a);
@@ -915,16 +911,16 @@ ffi::Error Decode(ffi::ThreadPool pool, int64_t bq, int64_t bk, float scale, flo
       for (int64_t part = 0; part < parts; part++) top = std::max(top, first[part * record + rows * c.v_dim_p + r]);
       float* to = o->typed_data() + ((b * c.q_len + row) * c.heads + h) * c.v_dim;
       std::memset(to, 0, c.v_dim * 4);
-      if (top != kNothing) {
-        for (int64_t part = 0; part < parts; part++) {
-          const float* from = first + part * record;
-          const float share = std::exp2(from[rows * c.v_dim_p + r] - top);
-          total += share * from[rows * (c.v_dim_p + 1) + r];
-          for (int64_t d = 0; d < c.v_dim; d++) to[d] += share * from[r * c.v_dim_p + d];
-        }
-        for (int64_t d = 0; d < c.v_dim; d++) to[d] /= total;
+      if (top == kNothing) top = 0;
+      for (int64_t part = 0; part < parts; part++) {
+        const float* from = first + part * record;
+        const float share = std::exp2(from[rows * c.v_dim_p + r] - top);
+        total += share * from[rows * (c.v_dim_p + 1) + r];
+        for (int64_t d = 0; d < c.v_dim; d++) to[d] += share * from[r * c.v_dim_p + d];
       }
-      lse->typed_data()[(b * c.heads + h) * c.q_len + row] = top == kNothing ? kNothing : top / kLog2e + std::log(total);
+      const bool some = !(total <= 0);
+      for (int64_t d = 0; d < c.v_dim; d++) to[d] = some ? to[d] / total : 0.f;
+      lse->typed_data()[(b * c.heads + h) * c.q_len + row] = some ? top / kLog2e + std::log(total) : kNothing;
     }
   });
   return ffi::Error::Success();

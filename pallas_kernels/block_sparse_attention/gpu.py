@@ -545,7 +545,7 @@ def backward(
     lists = lists.transposed()
     q_len, kv_len = lists.q_len, lists.kv_len
     delta = jnp.einsum("bqhd,bqhd->bhq", o.astype(jnp.float32), do.astype(jnp.float32)) - dlse
-    base2 = jnp.where(lse > -jnp.inf, lse * LOG2E, NOTHING)
+    base2 = jnp.where(lse != -jnp.inf, lse * LOG2E, NOTHING)
     q, do = _to_blocks(q, lists.bq), _to_blocks(do.astype(q.dtype), lists.bq)
     k, v = _to_blocks(k, lists.bk), _to_blocks(v, lists.bk)
     # Rows past the end have do = delta = 0, and every finite lse makes their gradients vanish.

@@ -67,7 +67,7 @@ def forward(q: Array, k: Array, v: Array, lists: BlockLists, extras: Extras, set
     s, mask = logits_and_mask(q, k, lists, extras, settings, dtype)
     s = jnp.where(mask, s, -jnp.inf)
     top = jax.lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True, initial=-jnp.inf))
-    some = top > -jnp.inf
+    some = jnp.any(s != -jnp.inf, axis=-1, keepdims=True)  # of NaN too, which the largest need not show
     # Both branches of every `where` stay finite, so that empty rows give zero gradients rather than NaN.
     weights = jnp.where(mask, jnp.exp(jnp.where(mask, s - jnp.where(some, top, 0), 0)), 0)
     total = weights.sum(-1, keepdims=True)
@@ -90,7 +90,7 @@ def block_stats(
     dtype = lse.dtype
     s, mask = logits_and_mask(q, k, lists, extras, settings, dtype)
     mask = jnp.broadcast_to(mask, s.shape)
-    p = jnp.where(mask, jnp.exp(jnp.where(mask, s - jnp.where(lse > -jnp.inf, lse, 0)[..., None], 0)), 0)
+    p = jnp.where(mask, jnp.exp(jnp.where(mask, s - jnp.where(lse != -jnp.inf, lse, 0)[..., None], 0)), 0)
     rows, cols = lists.nq * lists.bq, lists.nk * lists.bk
     p = jnp.pad(p, [(0, 0), (0, 0), (0, rows - lists.q_len), (0, cols - lists.kv_len)])
     p = p.reshape(batch, heads, lists.nq, lists.bq, lists.nk, lists.bk)

@@ -714,7 +714,7 @@ def backward(
     qh, kh, vh = _heads_first(q, bq), _heads_first(k, bk), _heads_first(v, bk)
     doh = _heads_first(do.astype(q.dtype), bq)
     delta = jnp.einsum("bqhd,bqhd->bhq", o.astype(jnp.float32), do.astype(jnp.float32)) - dlse
-    base2 = jnp.where(lse > -jnp.inf, lse * LOG2E, NOTHING)
+    base2 = jnp.where(lse != -jnp.inf, lse * LOG2E, NOTHING)
     # Rows past the end have do = delta = 0, and every finite lse makes their gradients vanish.
     base2, delta = (pad_axis(x, qh.shape[2], 2)[:, :, None].astype(jnp.float32) for x in (base2, delta))
     common = (qh, kh, vh, doh, base2, delta, lists, extras, settings, interpret)

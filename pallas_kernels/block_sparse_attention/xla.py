@@ -302,7 +302,7 @@ def forward(q: Array, k: Array, v: Array, lists: BlockLists, extras: Extras, set
             acc, top, total = carry
             step = call.step(chunk, row, j, partial)
             new_top = jnp.maximum(top, step.scores.max(-1))
-            origin = jnp.where(new_top > -jnp.inf, new_top, 0)
+            origin = jnp.where(new_top != -jnp.inf, new_top, 0)
             p = jnp.exp(step.scores - origin[..., None])
             shrink = jnp.exp(top - origin)
             weights = call.flat(call.dropped(chunk, row, step, p))
@@ -348,7 +348,7 @@ def backward(
     layout, dtype = call.layout, call.dtype
     delta = (o.astype(dtype) * do.astype(dtype)).sum(-1, keepdims=True) - dlse.swapaxes(1, 2)[..., None]
     # Where a query sees nothing, exp(scores - inf) = 0 keeps its gradients zero.
-    denominator = jnp.where(lse > -jnp.inf, lse, jnp.inf).swapaxes(1, 2)[..., None]
+    denominator = jnp.where(lse != -jnp.inf, lse, jnp.inf).swapaxes(1, 2)[..., None]
     rows = call.rows | {
         name: layout.cut(x, lists.nq, lists.bq) for name, x in (("do", do), ("delta", delta), ("lse", denominator))
     }
@@ -425,7 +425,7 @@ def block_stats(
     """Statistics of attention weights over each listed tile, [B, H, nq, W], and the largest logit, [B, H]."""
     call = _Call(q, k, k, lists, extras, settings, direct=extras.page_table is not None or lists.nq == 1)
     layout, dtype = call.layout, call.dtype
-    denominator = jnp.where(lse > -jnp.inf, lse, jnp.inf).swapaxes(1, 2)[..., None].astype(dtype)
+    denominator = jnp.where(lse != -jnp.inf, lse, jnp.inf).swapaxes(1, 2)[..., None].astype(dtype)
     rows = call.rows | {"lse": layout.cut(denominator, lists.nq, lists.bq)}
     width = rows["idx"].shape[-1]
 

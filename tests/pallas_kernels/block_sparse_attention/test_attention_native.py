@@ -134,6 +134,29 @@ def test_queries_without_keys_are_zero_with_zero_gradients():
     assert not any(g.any() for g in grads)
 
 
+@needs_compiler
+@pytest.mark.parametrize("q_len", [40, 1])  # as in training, and as in decoding
+def test_what_is_not_a_number_is_shown_to_queries_that_see_it(q_len):
+    _, q, k, v = problem(q_len=q_len)
+    b = min(q_len, 16)
+    lists = from_tiles(np.ones((1, 4, -(-q_len // b), 4)), bq=b, bk=16, q_len=q_len, kv_len=56, elem=causal)
+
+    def run(q, k, implementation):
+        o, aux = block_sparse_attention(q, k, v, lists, return_lse=True, implementation=implementation)
+        return o.sum(), (o, aux.lse)
+
+    for spoiled in (
+        (q.at[1, :, 2].set(jnp.nan), k),
+        (q, k.at[0, 0, 1, 5].set(jnp.nan)),
+        (q, k.at[:, :, 0].set(jnp.nan)),
+    ):
+        grads, got = jax.grad(run, argnums=(0, 1), has_aux=True)(*spoiled, "native")
+        want_grads, want = jax.grad(run, argnums=(0, 1), has_aux=True)(*spoiled, "reference")
+        for ours, plain in zip((*got, grads[0]), (*want, want_grads[0]), strict=True):
+            assert np.isnan(plain).any()
+            np.testing.assert_array_equal(np.isnan(ours), np.isnan(plain))
+
+
 def cached(q_len, heads, kv_heads, dim, v_dim, page, pages, head_lists):
     """Pools of pages, the cache that they stand for, and lists of some of it."""
     r = np.random.default_rng(0)
