@@ -101,13 +101,13 @@ def damaged(variant: Variant, run: Path, folder: Path) -> dict[str, str | None]:
 
 
 def full_disk(variant: Variant, folder: Path) -> str | None:
-    """Files cannot grow past 1 KiB, less than each process writes, when the second of two steps is saved."""
+    """Neither process can write a byte when the second of two steps is saved."""
     state = {"train": variant.first_state(0), "more": variant.first_state(1)}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with Checkpointer(folder / "full") as checkpoints:
         checkpoints.save(1, state)
         checkpoints.wait()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
         checkpoints.save(2, state)
         said = message(CheckpointError, checkpoints.wait)
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
