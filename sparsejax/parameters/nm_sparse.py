@@ -27,9 +27,9 @@ class NMSparse(StoredWeight):
     (`share=1`) this saves memory, not time: products are those of the dense matrix. Where 32 or more columns share a
     pattern, inputs are gathered for each group of columns. On the CPU that is measured faster than dense by the native
     kernel (`benchmarks/block_sparse.py --parts nm`; for 2:4 nearly twice, with gradients 1.5 times), by XLA alone from
-    64 columns on, a little. On a TPU it is not faster: the gathering costs what the smaller product saves, by static estimates of
-    compiled code; on a GPU it has not been measured. The pattern is fixed: `sparsify` trains the values and never moves
-    them.
+    64 columns on, a little. On a TPU it is not faster: the gathering costs what the smaller product saves, by static
+    estimates of compiled code; on a GPU it has not been measured. The pattern is fixed: `sparsify` trains the values
+    and never moves them.
 
     Args:
         values: floating [..., inputs // m * n, outputs].
