@@ -5,7 +5,7 @@ PAPER:    "A Large Convolutional Neural Network for Clinical Target and Multi-or
 COMMAND:  python -m experiments run volumes
 CLAIM:    stages of training that need no labels, or labels of something else, help where labels of the target are few
 RESULT:   Dice of a target with four labelled volumes, 3 seeds: 14.5 % without other stages, 31.3 % after labels of
-          organs, higher under every seed; masked pre-training does not help at this size: 13.5 %, and 28.5 % before organs
+          organs, higher with every seed; masked pre-training does not help here: 13.5 %, and 28.5 % before organs
 """
 
 import dataclasses
