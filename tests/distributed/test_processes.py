@@ -131,11 +131,6 @@ def test_a_damaged_step_is_refused_by_both_processes(job, kind, problem):
         assert re.search(whole, found["damaged"][kind])
 
 
-def test_a_full_disk_loses_nothing_saved_before(job):
-    for found in job[1]:
-        assert re.search(r"full/2 could not be saved .*; steps saved before are as they were: 1\.", found["full disk"])
-
-
 def test_a_configuration_that_differs_is_refused(job):
     for found in job[1]:
         assert found["facts"].startswith("rate differs between processes: 0.1 on process 0")

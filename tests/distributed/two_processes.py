@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from experiments.agreement import check_copies
 from experiments.machines import Machines
 from experiments.train import train
 from experiments.variant import Variant
-from sparsejax.checkpoint import Checkpointer, CheckpointError, DamagedCheckpointError
+from sparsejax.checkpoint import Checkpointer, DamagedCheckpointError
 from sparsejax.masks.paths import map_with_names
 
 
@@ -100,23 +99,6 @@ def damaged(variant: Variant, run: Path, folder: Path) -> dict[str, str | None]:
     return found
 
 
-def full_disk(variant: Variant, folder: Path) -> str | None:
-    """Neither process can write a byte when the second of two steps is saved."""
-    state = {"train": variant.first_state(0), "more": variant.first_state(1)}
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with Checkpointer(folder / "full") as checkpoints:
-        checkpoints.save(1, state)
-        checkpoints.wait()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
-        checkpoints.save(2, state)
-        said = message(CheckpointError, checkpoints.wait)
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    with Checkpointer(folder / "full") as checkpoints:
-        checkpoints.restore(state)
-        assert checkpoints.latest_step == 1
-    return said
-
-
 def main(port: str, index: str, folder: str, names: str) -> None:
     machines = Machines((2, 2, 2), coordinator=f"127.0.0.1:{port}", processes=2, process=int(index), patience=120)
     machines.start()
@@ -134,7 +116,6 @@ def main(port: str, index: str, folder: str, names: str) -> None:
     began = time.time()
     found["damaged"] = damaged(variant, folder / name, folder)
     found["seconds"]["damaged"] = time.time() - began
-    found["full disk"] = full_disk(variant, folder)
     found["late"] = late()
     (folder / f"found{index}.json").write_text(json.dumps(found))
 
