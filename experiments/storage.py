@@ -1,7 +1,6 @@
 """Weights stored in blocks instead of masked: `--storage block`."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +10,7 @@ from jax.sharding import PartitionSpec
 from experiments.algorithms import BEFORE_TRAINING, rules_of, structure_of
 from experiments.experiment import UsageError
 from experiments.sharding import BATCH
-from pallas_kernels.block_sparse_matmul import block_sparse_matmul
-from sparsejax import Algorithm
+from sparsejax import Algorithm, Roles
 from sparsejax.masks.budget import count_units
 from sparsejax.masks.paths import map_with_names, named_leaves
 from sparsejax.masks.rules import resolve
@@ -21,11 +19,7 @@ from sparsejax.parameters import BlockSparse
 from sparsejax.parameters.slots import store_blocks
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("values", "lists", "probe", "probe_when"),
-    meta_fields=("structure", "layer_shape", "layer_roles"),
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class BlocksOnMesh(BlockSparse):
     """Stored blocks inside a program that the compiler splits over a mesh, which it cannot do with their kernels.
@@ -38,22 +32,18 @@ class BlocksOnMesh(BlockSparse):
         """`x @ W`, as `BlockSparse.matmul`, in the context of a mesh; its `data` x `fsdp` must divide `x.shape[0]`."""
         self.require_one_layer()
         (inputs, outputs), structure = self.matrix_shape, self.structure
-        parts = jax.sharding.get_abstract_mesh().shape["tensor"]
-        divides = outputs % structure.shape[1] == 0 and structure.groups % parts == 0
-        columns, shape = ("tensor", (inputs, outputs // parts)) if divides else (None, (inputs, outputs))
+        columns, parts = "tensor", jax.sharding.get_abstract_mesh().shape["tensor"]
+        if outputs % structure.shape[1] or structure.groups % parts:
+            columns, parts = None, 1
         rows, groups = PartitionSpec(BATCH), PartitionSpec(columns)
+        own = (
+            dataclasses.replace(structure, groups=structure.groups // parts),
+            (inputs, outputs // parts),
+            Roles((0,), (1,)),
+        )
 
-        def of_part(x, values, lists, probe, probe_when):
-            return block_sparse_matmul(
-                x,
-                values,
-                lists,
-                shape=shape,
-                implementation=implementation,
-                probe=probe,
-                probe_when=probe_when != 0,
-                probe_pooling=structure.pooling,
-            )
+        def of_part(x, *arrays):
+            return BlockSparse(*arrays, *own).matmul(x, implementation=implementation)
 
         return jax.shard_map(
             of_part,
@@ -98,9 +88,7 @@ def stored_graph(make_model, config, *, on_mesh: bool):
         model = sparsify_model(model, rules, everything, capacity=1.0)
         for _, module in nnx.iter_modules(model):
             if on_mesh and isinstance(module, SparseKernel):
-                weight = module.weight
-                parts = {field.name: getattr(weight, field.name) for field in dataclasses.fields(weight)}
-                module.layout = jax.tree.structure(BlocksOnMesh(**parts))
+                module.layout = jax.tree.structure(BlocksOnMesh(**vars(module.weight)))
         return model
 
     return split(nnx.eval_shape(make))[0]

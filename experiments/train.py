@@ -120,7 +120,7 @@ def train(
                 _log_masks(log, variant, state, step, before)
                 before = _copy(variant.masks(state))
                 if step == end and _due(step, config.eval_every, config):
-                    bar.set_postfix_str(_in_words(_log_quality(log, variant, state, step)))
+                    bar.set_postfix_str(_in_words(_log_quality(log, variant, state, step)), refresh=False)
                 if stopping or _due(step, config.save_every, config):
                     watch.doing(SAVING, step)
                     _check_weights(state, step, checkpoints)

@@ -19,7 +19,7 @@ def convolve(
     """`lax.conv_general_dilated` with channels last.
 
     On CPUs, where XLA's convolution of volumes is slow, those of their planes are added up, one for each place of the
-    window in the first dimension: a third of the time, or less, for the same sums in another order.
+    window in the first dimension: the same sums in another order.
 
     Args:
         x: float (samples, *shape, in).

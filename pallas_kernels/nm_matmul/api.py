@@ -36,9 +36,9 @@ def nm_matmul(
 
     With a pattern for each column (`share=1`) the stored form saves memory and what is read of it, not products: on
     most hardware the time is that of the dense product. Where 32 or more columns share a pattern, the native CPU path's
-    time follows n / m; XLA's is about that of the dense product. The TPU path is not faster than that, by static
-    estimates; the GPU path has not been timed. Gradients flow to x and values. Sums are accumulated in float32 at
-    least.
+    time follows n / m; XLA's gains less (`benchmarks/block_sparse.py --parts nm`). The TPU path is not faster than the
+    dense product, by static estimates; the GPU path has not been timed. Gradients flow to x and values. Sums are
+    accumulated in float32 at least.
 
     Args:
         x: [..., K]; K is a multiple of m.

@@ -1,7 +1,6 @@
 """A weight of which only kept blocks are stored, as one parameter."""
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -15,11 +14,7 @@ from sparsejax.masks.roles import Roles
 from sparsejax.parameters.stored_weight import StoredWeight
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("values", "lists", "probe", "probe_when"),
-    meta_fields=("structure", "layer_shape", "layer_roles"),
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class BlockSparse(StoredWeight):
     """A weight whose absent blocks take no memory: neither they nor their gradients and moments exist.
@@ -63,9 +58,9 @@ class BlockSparse(StoredWeight):
     lists: BlockLists
     probe: Any
     probe_when: Any
-    structure: Block
-    layer_shape: tuple[int, ...]
-    layer_roles: Roles
+    structure: Block = dataclasses.field(metadata={"static": True})
+    layer_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    layer_roles: Roles = dataclasses.field(metadata={"static": True})
 
     @property
     def grid(self) -> tuple[int, int]:

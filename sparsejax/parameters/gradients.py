@@ -37,10 +37,7 @@ def value_and_grad(function, argnums: int | tuple[int, ...] = 0, *, has_aux: boo
     def value_and_gradients(*args, **kwargs):
         value, grads = differentiate(*args, **kwargs)
         like = args[argnums] if isinstance(argnums, int) else tuple(args[index] for index in argnums)
-        if has_aux:
-            value = _checked(value[0], like), value[1]
-        else:
-            value = _checked(value, like)
+        value = (_checked(value[0], like), value[1]) if has_aux else _checked(value, like)
         return value, jax.tree.map(_zero_for_integers, grads, like)
 
     return value_and_gradients
@@ -48,16 +45,18 @@ def value_and_grad(function, argnums: int | tuple[int, ...] = 0, *, has_aux: boo
 
 def _checked(value, tree):
     """The value; NaN, or an error where they can be looked at, if indices of stored weights in the tree are damaged."""
-    for path, weight in named_leaves(tree, is_stored):
-        if not is_stored(weight):
-            continue
-        intact = weight.intact
-        if not isinstance(intact, jax.core.Tracer) and not intact:
+    weights = {path: leaf for path, leaf in named_leaves(tree, is_stored) if is_stored(leaf)}
+    if not weights:
+        return value
+    intact = jnp.stack([weight.intact for weight in weights.values()])
+    if isinstance(intact, jax.core.Tracer):
+        return jnp.where(jnp.all(intact), value, jnp.nan)
+    for (path, weight), whole in zip(weights.items(), jax.device_get(intact), strict=True):
+        if not whole:
             raise ValueError(
                 f"{path}: {weight} has damaged indices: an optimizer took them for weights. Wrap it in "
                 "sparsejax.sparsify, with from_masks(masks) where blocks stay, or use sparsejax.apply_updates"
             )
-        value = jnp.where(intact, value, jnp.nan)
     return value
 
 

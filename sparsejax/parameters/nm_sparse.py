@@ -1,7 +1,6 @@
 """A weight of which n of every m inputs are stored, as one parameter."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -14,11 +13,7 @@ from sparsejax.masks.rules import LeafPlan
 from sparsejax.parameters.stored_weight import StoredWeight, layer_of
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("values", "positions"),
-    meta_fields=("structure", "layer_shape", "layer_roles"),
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class NMSparse(StoredWeight):
     """A weight that keeps n of every m consecutive inputs, and stores these only.
@@ -51,9 +46,9 @@ class NMSparse(StoredWeight):
 
     values: Any
     positions: Any
-    structure: NM
-    layer_shape: tuple[int, ...]
-    layer_roles: Roles
+    structure: NM = dataclasses.field(metadata={"static": True})
+    layer_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    layer_roles: Roles = dataclasses.field(metadata={"static": True})
 
     @property
     def execution(self) -> str:

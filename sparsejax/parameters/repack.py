@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 
 import jax
@@ -66,7 +65,8 @@ def repack(params, state=None, *, capacity: float | Mapping[str, float] | None =
         )
     if isinstance(capacity, Mapping) and (unknown := sorted(capacity.keys() - leaves.keys())):
         raise ValueError(f"capacity names {unknown[:5]}; leaves that are stored in blocks are {sorted(leaves)[:8]}")
-    sources = {path: _sources(path, leaf, capacity) for path, leaf in leaves.items()}
+    shares = capacity if isinstance(capacity, Mapping) else dict.fromkeys(leaves, capacity)
+    sources = {path: _sources(path, leaves[path], share) for path, share in shares.items()}
 
     def of_params(path, leaf):
         return _packed(leaf, *sources[path]) if path in sources else leaf
@@ -89,8 +89,6 @@ def repack(params, state=None, *, capacity: float | Mapping[str, float] | None =
 
 def _sources(path: str, leaf: BlockSparse, capacity):
     """From which slot each new slot is filled, [..., groups, new slots]; and whether there are too few, traced."""
-    if isinstance(capacity, Mapping):
-        capacity = capacity.get(path, leaf.capacity / math.prod(leaf.grid))
     active = leaf.active
     held = jnp.max(jnp.sum(active, axis=-1, dtype=jnp.int32))
     traced = isinstance(held, jax.core.Tracer)

@@ -139,7 +139,7 @@ def test_products_of_stored_blocks_on_a_mesh_are_those_of_one_device(mesh, group
     weight = sparsejax.to_sparse({"kernel": dense}, {"kernel": mask}, structure)["kernel"]
     weight = dataclasses.replace(weight, probe_when=jnp.int32(1))
     y, dx, dweight = jax.jit(products)(weight, x, dy)
-    spread = BlocksOnMesh(**{field.name: getattr(weight, field.name) for field in dataclasses.fields(weight)})
+    spread = BlocksOnMesh(**vars(weight))
     with layout.context():
         there = jax.jit(products)(spread, jax.device_put(x, layout.sharding(BATCH)), dy)
     split = groups % mesh[2] == 0
