@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
 
 
 def one_after_the_other(function: Callable[..., Any], batched: tuple, arguments: tuple) -> tuple[Any, Any]:
@@ -52,19 +51,20 @@ def split_columns(lead: tuple, columns: Any) -> Any:
     return None if used & set(axis_names(columns)) else columns
 
 
-def over_mesh(function: Callable[..., Any], arguments: tuple, specs: tuple, out: PartitionSpec) -> Any:
+def over_mesh(function: Callable[..., Any], arguments: tuple, specs: tuple, out: Any) -> Any:
     """Calls `function` on the parts of explicitly sharded arrays, resharded first where they lie otherwise.
 
     Args:
         function: of the local parts.
         arguments: pytrees of arrays.
-        specs: a PartitionSpec for each argument.
-        out: of the result.
+        specs: a PartitionSpec for each argument, or a tree of them for its leaves.
+        out: of the result, likewise.
     """
     mesh = jax.sharding.get_abstract_mesh()
     mesh = jax.typeof(jax.tree.leaves(arguments)[0]).sharding.mesh if mesh.empty else mesh
-    placed = tuple(
-        jax.tree.map(lambda x, spec=spec: jax.reshard(x, jax.sharding.NamedSharding(mesh, spec)), argument)
-        for argument, spec in zip(arguments, specs, strict=True)
-    )
+
+    def place(spec, argument):
+        return jax.tree.map(lambda x: jax.reshard(x, jax.sharding.NamedSharding(mesh, spec)), argument)
+
+    placed = jax.tree.map(place, specs, arguments)
     return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out)(*placed)

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import choice as choices
+from pallas_kernels import compat
 from pallas_kernels.block_sparse_attention import reference, xla
 from pallas_kernels.block_sparse_attention.lists import BlockLists, check_lists
 from pallas_kernels.block_sparse_attention.options import Aux, Extras, Settings
+from pallas_kernels.block_sparse_attention.sharded import on_parts, split_of
 from pallas_kernels.choice import Choice
 
 Array = Any
@@ -152,6 +154,10 @@ def block_sparse_attention(
     Gradients flow to q, k, v, alibi, bias, block_bias and sinks, also from lse; gradients of gradients, and forward
     mode, are those of implementation="reference" only.
 
+    Where the types of q, k and v say that a mesh splits their batch or heads (`jax.sharding.AxisType.Explicit`), each
+    device computes its part, and the results are split alike; lists and options may lie as they like. Inside
+    `jax.shard_map` a call is one of a device; where the compiler chooses shardings it cannot split the kernels.
+
     Args:
         q: [B, Sq, H, D].
         k: [B, Sk, Hk, D], or the page pool [pages, lists.bk, Hk, D] with `page_table`; H is a multiple of Hk.
@@ -199,28 +205,36 @@ def block_sparse_attention(
     extras, settings = _prepare(
         q, k, v, lists, scale, soft_cap, alibi, bias, block_bias, sinks, dropout, page_table, kv_lengths
     )
+    run = functools.partial(_run, settings, implementation, return_max_logit, block_stats)
+    arguments = (q, k, v, lists, extras, None if sinks is None else jnp.asarray(sinks))
+    split = split_of(q, k, v, extras, settings)
+    o, lse, top, stats = run(*arguments) if split is None else on_parts(run, split, *arguments)
+    if not (return_lse or return_max_logit or block_stats):
+        return o
+    return o, Aux(lse, top, stats)
+
+
+def _run(settings, implementation, return_max_logit, block_stats, q, k, v, lists, extras, sinks):
+    """Output, lse, and the largest logit and statistics of tiles where they are asked for."""
     platform = choices.platform_of(q, k, v)
     name = choices.settled(choices.choose(KERNEL, implementation, platform, q, k, v, lists, extras, settings))
+    q, k, v, lists, extras = compat.vary_alike((q, k, v, lists, extras))
     if name == "reference":
         o, lse = reference.forward(q, k, v, lists, extras, settings)
     else:
         o, lse = _attend(name, settings, q, k, v, lists, extras)
     if sinks is not None:
-        sink = jnp.asarray(sinks).astype(lse.dtype)[:, None]
+        sink = sinks.astype(lse.dtype)[:, None]
         share = jax.nn.sigmoid(lse - sink).swapaxes(1, 2)[..., None]
         o = o.astype(lse.dtype) * share
         lse = jnp.logaddexp(lse, sink)
     o = o.astype(q.dtype)
-    stats = top = None
-    if block_stats or return_max_logit:
-        where = reference if name == "reference" and page_table is None else xla
-        still = jax.lax.stop_gradient
-        stats, top = where.block_stats(
-            still(q), still(k), lists, still(extras), settings, still(lse), block_stats or "max"
-        )
-    if not (return_lse or return_max_logit or block_stats):
-        return o
-    return o, Aux(lse, top if return_max_logit else None, stats if block_stats else None)
+    if not block_stats and not return_max_logit:
+        return o, lse, None, None
+    where = reference if name == "reference" and settings.page_size is None else xla
+    still = jax.lax.stop_gradient
+    stats, top = where.block_stats(still(q), still(k), lists, still(extras), settings, still(lse), block_stats or "max")
+    return o, lse, top if return_max_logit else None, stats if block_stats else None
 
 
 def explain(q: Array, k: Array, v: Array, lists: BlockLists, *, implementation: str | None = None, **options) -> Choice:

@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import compat
 from pallas_kernels.block_sparse_attention.lists import BlockLists
 from pallas_kernels.block_sparse_attention.options import Extras, Settings
 from pallas_kernels.block_sparse_attention.rules import pad_axis, positions
@@ -478,7 +479,7 @@ def _launch(body, plan: _Plan, name, dtype, operands, outs, rows, heads, batch, 
 
     kernel.__name__ = name
     kwargs = {} if plan.interpret is None else {"interpret": plan.interpret}
-    return plgpu.kernel(
+    found = plgpu.kernel(
         kernel,
         out_type=list(outs.values()),
         grid=(heads, rows // (ROWS * WORKERS), batch),
@@ -488,6 +489,7 @@ def _launch(body, plan: _Plan, name, dtype, operands, outs, rows, heads, batch, 
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **kwargs,
     )(*operands.values())
+    return compat.vary_alike((found, operands))[0]  # inside jax.shard_map results differ as operands do
 
 
 def _to_blocks(x, block):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import native
+from pallas_kernels import compat, native
 from pallas_kernels.block_sparse_attention.lists import BlockLists
 from pallas_kernels.block_sparse_attention.options import Extras, Settings
 from pallas_kernels.block_sparse_attention.rules import bits_bytes, partial_bits, positions
@@ -106,7 +106,7 @@ def _padded(size: int) -> int:
 
 
 def _call(name: str, shapes: list[tuple[int, ...]], operands: tuple, attributes: dict) -> list[Array]:
-    outputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    outputs = [compat.like_varying(shape, jnp.float32, *operands) for shape in shapes]
     return jax.ffi.ffi_call(name, outputs, vmap_method="sequential")(*operands, **attributes)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 Array = Any
 
 DROPOUT_BITS = 24
+_HEAD = np.uint32(0x9E3779B9)  # between the hashes of one head and the next
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,5 +90,10 @@ def keep_mask(seed: Array, settings: Settings, head: Array, query: Array, key: A
         bool of the broadcast shape.
     """
     head, query, key = (jnp.asarray(x).astype(jnp.uint32) for x in (head, query, key))
-    row = _mix(_mix(seed[0] + head * np.uint32(0x9E3779B9)) ^ (seed[1] + query * np.uint32(0x85EBCA6B)))
+    row = _mix(_mix(seed[0] + head * _HEAD) ^ (seed[1] + query * np.uint32(0x85EBCA6B)))
     return (_mix(row + key * np.uint32(0xC2B2AE35)) >> (32 - DROPOUT_BITS)) >= np.uint32(settings.threshold)
+
+
+def seed_from(seed: Array, head: Array) -> Array:
+    """The seed under which head 0 keeps what `head` keeps under `seed`: for calls on some heads of several."""
+    return seed.at[0].add(jnp.asarray(head).astype(jnp.uint32) * _HEAD)

@@ -14,12 +14,12 @@ import functools
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import compat
 from pallas_kernels.block_sparse_attention import flat
 from pallas_kernels.block_sparse_attention.lists import BlockLists
 from pallas_kernels.block_sparse_attention.options import Extras, Settings, keep_mask
@@ -450,7 +450,7 @@ class _Call:
                 self.add(f"{name}{u}", array, (1, 1, size), index)
 
     def out(self, name, shape, dtype, block, index):
-        self.outs.append((name, jax.ShapeDtypeStruct(shape, dtype)))
+        self.outs.append((name, compat.like_varying(shape, dtype, *self.arrays)))
         self.out_specs.append(pl.BlockSpec(block, index))
 
     def run(self, kernel, name, products, interpret):

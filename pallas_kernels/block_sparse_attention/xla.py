@@ -1,9 +1,9 @@
 """Block-sparse attention in plain JAX: runs everywhere, work and memory follow the lists.
 
 A scan over query blocks; in it a loop of dynamic length over the listed key blocks, a few at a time, with the online
-softmax. All heads whose working set fits in cache advance together. Partial tiles come first in a row, so the element
-rule is evaluated in a loop of its own. The backward pass recomputes weights from the saved lse and adds dk and dv into
-its carry, so it needs no transposed lists.
+softmax. All heads whose working set fits in cache advance together, and several query blocks where their lists are
+short. Partial tiles come first in a row, so the element rule is evaluated in a loop of its own. The backward pass
+recomputes weights from the saved lse and adds dk and dv into its carry, so it needs no transposed lists.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import compat
 from pallas_kernels.block_sparse_attention.lists import BlockLists
 from pallas_kernels.block_sparse_attention.options import Extras, Settings, keep_mask
 from pallas_kernels.block_sparse_attention.rules import apply_rule, owner_payload, pad_axis, unpack_bits
@@ -39,6 +40,7 @@ class _Layout:
     split: int  # owners of a key head
     chunks: int  # groups of key heads that follow each other
     slots: int  # listed tiles of one step
+    blocks: int  # query blocks that advance together
 
     @classmethod
     def of(cls, q: Array, kv_heads: int, lists: BlockLists) -> "_Layout":
@@ -48,7 +50,14 @@ class _Layout:
         total = batch * kv_heads
         together = max((n for n in range(1, total + 1) if total % n == 0 and n * tile <= _STEP_SCORES), default=1)
         slots = max(1, min(_STEP_SLOTS, lists.width, _STEP_SCORES // (together * tile)))
-        return cls(batch, heads, kv_heads, split, total // together, slots)
+        blocks = 1
+        if slots == lists.width:
+            # One step takes a whole list, so query blocks that advance together never wait for each other. XLA:CPU
+            # gives several cores only to large operations: two heads with one tile of 128 x 128 each run on one core,
+            # eight query blocks of them together on all (their products do from JAX 0.12 on, which splits batches).
+            most = max(1, min(lists.nq, _STEP_SCORES // (together * tile * slots)))
+            blocks = min(range(most, most // 2, -1), key=lambda n: -lists.nq % n)
+        return cls(batch, heads, kv_heads, split, total // together, slots, blocks)
 
     @property
     def rows(self) -> int:
@@ -59,6 +68,25 @@ class _Layout:
     def owners(self) -> int:
         """Owners that advance together."""
         return self.batch * self.kv_heads * self.split // self.chunks
+
+    @property
+    def lanes(self) -> int:
+        """(query block, owner) pairs that advance together, in this order."""
+        return self.blocks * self.owners
+
+    def owner(self) -> Array:
+        """The owner of every lane."""
+        return jnp.arange(self.lanes) % self.owners
+
+    def bundle(self, x: Array) -> Array:
+        """[chunks, n, owners, ...] -> [chunks, ceil(n / blocks), lanes, ...], zero-padded."""
+        groups = -(-x.shape[1] // self.blocks)
+        x = pad_axis(x, groups * self.blocks, 1)
+        return x.reshape(self.chunks, groups, self.lanes, *x.shape[3:])
+
+    def unbundle(self, x: Array) -> Array:
+        """The inverse of `bundle`, padding included."""
+        return x.reshape(self.chunks, x.shape[1] * self.blocks, self.owners, *x.shape[3:])
 
     def spread(self, x: Array) -> Array:
         """[1 or B, 1 or Hk or H, ...] -> [chunks, owners, ...]."""
@@ -75,14 +103,15 @@ class _Layout:
         return x.sum(0, keepdims=True) if bm < self.batch else x
 
     def cut(self, x: Array, n: int, b: int) -> Array:
-        """Queries [B, S, H, d] -> [chunks, n, owners, rows * b, d], zero-padded."""
+        """Queries [B, S, H, d] -> [chunks, ceil(n / blocks), lanes, rows * b, d], zero-padded."""
         d = x.shape[-1]
         x = pad_axis(x, n * b, 1).reshape(self.batch, n, b, self.kv_heads * self.split, self.rows, d)
         x = x.transpose(0, 3, 1, 4, 2, 5).reshape(self.chunks, self.owners, n, self.rows * b, d)
-        return x.swapaxes(1, 2)
+        return self.bundle(x.swapaxes(1, 2))
 
     def join(self, x: Array, length: int) -> Array:
         """The inverse of `cut`."""
+        x = self.unbundle(x)
         _, n, _, height, d = x.shape
         b = height // self.rows
         x = x.swapaxes(1, 2).reshape(self.batch, self.kv_heads * self.split, n, self.rows, b, d)
@@ -103,12 +132,12 @@ class _Layout:
 class _Step(NamedTuple):
     """Scores of one step."""
 
-    ids: Array  # [owners, U] key blocks
-    scores: Array  # [owners, rows, bq, U * bk], -inf where masked
+    ids: Array  # [lanes, U] key blocks
+    scores: Array  # [lanes, rows, bq, U * bk], -inf where masked
     slope: Array | float  # derivative of the soft cap, same shape
-    k: Array  # [owners, U * bk, D]
-    keys: Array  # [owners, U * bk] indices
-    distance: Array | None  # [owners, 1, bq, U * bk], for ALiBi
+    k: Array  # [lanes, U * bk, D]
+    keys: Array  # [lanes, U * bk] indices
+    distance: Array | None  # [lanes, 1, bq, U * bk], for ALiBi
     bias_index: Any  # where the tiles lie in the cut bias
 
 
@@ -127,16 +156,16 @@ class _Call:
             self.bits = pad_axis(bits, -(-bits.shape[3] // slots) * slots, 3)
         self.bias = None if extras.bias is None else self.cut_bias(extras.bias)
         width = -(-lists.width // slots) * slots
-        rows = {
-            "i": jnp.broadcast_to(jnp.arange(nq), (layout.chunks, nq)),
-            "q": layout.cut(q, nq, lists.bq),
+        per_block = {
+            "i": jnp.broadcast_to(jnp.arange(nq)[:, None], (layout.chunks, nq, layout.owners)),
             "idx": layout.spread(pad_axis(jnp.asarray(lists.idx), width, 3)).swapaxes(1, 2),
             "n_part": layout.spread(jnp.asarray(lists.n_part)).swapaxes(1, 2),
             "n_tot": layout.spread(jnp.asarray(lists.n_tot)).swapaxes(1, 2),
         }
         if extras.block_bias is not None:
-            rows["block_bias"] = layout.spread(pad_axis(extras.block_bias, width, 3)).swapaxes(1, 2)
+            per_block["block_bias"] = layout.spread(pad_axis(extras.block_bias, width, 3)).swapaxes(1, 2)
         head = jnp.arange(layout.batch * layout.heads).reshape(layout.chunks, layout.owners, layout.rows)
+        head = jnp.tile(head, (1, layout.blocks, 1))
         chunk = {"batch": head[..., 0] // layout.heads, "head": head % layout.heads}
         for name, value in owner_payload(
             lists, layout.batch, layout.kv_heads, layout.heads // layout.kv_heads, layout.split
@@ -148,7 +177,10 @@ class _Call:
             else:
                 value = jnp.broadcast_to(value, (layout.chunks, *value.shape))
             if name.startswith("q_"):
-                rows[name] = value.swapaxes(1, 2)
+                value = value.swapaxes(1, 2)
+                per_block[name] = jnp.broadcast_to(value, (*value.shape[:2], layout.owners, lists.bq))
+            elif name.startswith(("head_", "batch_")):
+                chunk[name] = jnp.tile(value, (1, layout.blocks) + (1,) * (value.ndim - 2))
             else:
                 chunk[name] = value
         self.direct = direct
@@ -162,20 +194,22 @@ class _Call:
             self.k, self.v, self.pages = k, v, pages
         else:
             chunk["k"], chunk["v"] = (layout.cut_keys(x, lists.nk, lists.bk) for x in (k, v))
-        self.rows, self.chunk = rows, chunk
+        self.rows = {name: layout.bundle(x) for name, x in per_block.items()}
+        self.rows["q"] = layout.cut(q, nq, lists.bq)
+        self.chunk = chunk
 
     def dot(self, spec: str, a: Array, b: Array) -> Array:
         return jnp.einsum(spec, a.astype(self.dtype), b.astype(self.dtype), precision=self.precision)
 
     def fetch(self, chunk: dict[str, Array], name: str, ids: Array) -> Array:
-        """The tiles `ids` [owners, U] of k or v as [owners, U * bk, d]."""
+        """The tiles `ids` [lanes, U] of k or v as [lanes, U * bk, d]."""
         if self.direct:
             page = self.pages[chunk["batch"][:, None], ids]
             kv_head = chunk["head"][:, :1] // (self.layout.heads // self.layout.kv_heads)
             tiles = (self.k if name == "k" else self.v)[page, :, kv_head]
         else:
-            tiles = chunk[name][jnp.arange(self.layout.owners)[:, None] // self.layout.split, ids]
-        return tiles.reshape(self.layout.owners, -1, tiles.shape[-1])
+            tiles = chunk[name][self.layout.owner()[:, None] // self.layout.split, ids]
+        return tiles.reshape(self.layout.lanes, -1, tiles.shape[-1])
 
     def cut_bias(self, bias: Array) -> Array:
         """[b, h, Sq or 1, Sk or 1] -> [b, h, nq or 1, bq or 1, nk or 1, bk or 1]."""
@@ -201,17 +235,18 @@ class _Call:
         b, h, n, _, m, _ = self.bias.shape
         batch = chunk["batch"][:, None, None] if b > 1 else 0
         head = chunk["head"][:, :, None] if h > 1 else 0
-        return (batch, head, row["i"] if n > 1 else 0, slice(None), ids[:, None, :] if m > 1 else ids[:, None, :] * 0)
+        i = row["i"][:, None, None] if n > 1 else 0
+        return (batch, head, i, slice(None), ids[:, None, :] if m > 1 else ids[:, None, :] * 0)
 
     def step(self, chunk: dict[str, Array], row: dict[str, Array], j: Array, partial: bool) -> _Step:
-        """Scores of slots j * U to (j + 1) * U of query block row["i"]; `partial`: the element rule is in force."""
+        """Scores of slots j * U to (j + 1) * U of query blocks row["i"]; `partial`: the element rule is in force."""
         lists, extras, settings, layout = self.lists, self.extras, self.settings, self.layout
         u, bq, bk = layout.slots, lists.bq, lists.bk
         ids = jax.lax.dynamic_slice_in_dim(row["idx"], j * u, u, axis=1)
         slot = j * u + jnp.arange(u)
         k = self.fetch(chunk, "k", ids)
         s = self.dot("ord,okd->ork", row["q"], k) * settings.scale
-        s = s.reshape(layout.owners, layout.rows, bq, u * bk)
+        s = s.reshape(layout.lanes, layout.rows, bq, u * bk)
         slope: Array | float = 1.0
         if settings.soft_cap is not None:
             capped = jnp.tanh(s / settings.soft_cap)
@@ -220,10 +255,10 @@ class _Call:
         def wide(x):  # one value a slot -> one a key
             return jnp.repeat(x, bk, axis=-1)[:, None, None, :]
 
-        def per_key(name):  # [owners or 1, nk, bk] -> [owners, 1, 1, U * bk]
+        def per_key(name):  # [owners or 1, nk, bk] -> [lanes, 1, 1, U * bk]
             value = chunk[name]
-            owner = jnp.arange(layout.owners)[:, None] if value.shape[0] > 1 else 0
-            return value[owner, ids].reshape(layout.owners, 1, 1, u * bk)
+            owner = layout.owner()[:, None] if value.shape[0] > 1 else 0
+            return value[owner, ids].reshape(layout.lanes, 1, 1, u * bk)
 
         distance = bias_index = None
         if extras.alibi is not None:
@@ -231,14 +266,14 @@ class _Call:
             s = s - extras.alibi.astype(self.dtype)[chunk["head"]][:, :, None, None] * distance
         if self.bias is not None:
             bias_index = self.bias_index(chunk, row, ids)
-            tiles = self.bias[bias_index].astype(self.dtype)  # [owners, 1 or rows, U, bq or 1, bk or 1]
+            tiles = self.bias[bias_index].astype(self.dtype)  # [lanes, 1 or rows, U, bq or 1, bk or 1]
             tiles = jnp.broadcast_to(tiles.swapaxes(2, 3), (*tiles.shape[:2], tiles.shape[3], u, bk))
             s = s + tiles.reshape(*tiles.shape[:3], u * bk)
         if extras.block_bias is not None:
             tile_bias = jax.lax.dynamic_slice_in_dim(row["block_bias"], j * u, u, axis=1)
             s = s + wide(tile_bias.astype(self.dtype))
 
-        keys = (ids[:, :, None] * bk + jnp.arange(bk)).reshape(layout.owners, u * bk)
+        keys = (ids[:, :, None] * bk + jnp.arange(bk)).reshape(layout.lanes, u * bk)
         limit = lists.kv_len
         if extras.kv_lengths is not None:
             limit = jnp.minimum(limit, extras.kv_lengths[chunk["batch"]])[:, None]
@@ -256,38 +291,39 @@ class _Call:
         return _Step(ids, jnp.where(allowed, s, -jnp.inf), slope, k, keys, distance, bias_index)
 
     def tile_bits(self, chunk, i, j) -> Array:
-        """Bits of one step as bool [owners or 1, 1, bq, U * bk]."""
+        """Bits of one step as bool [lanes, 1, bq, U * bk]."""
         _, bm, hm, _, bq, _ = self.bits.shape
         layout, bk = self.layout, self.lists.bk
-        tiles = jax.lax.dynamic_slice_in_dim(self.bits[i], j * layout.slots, layout.slots, axis=2)
-        if bm * hm > 1:
-            batch = chunk["batch"] if bm > 1 else 0
-            head = chunk["head"][:, 0] // (layout.heads // hm) if hm > 1 else 0
-            tiles = tiles[batch, head]
-        else:
-            tiles = tiles[0]
-        return unpack_bits(tiles, bk).transpose(0, 2, 1, 3).reshape(-1, 1, bq, layout.slots * bk)
+        # Bits that all owners share are unpacked once.
+        shared = bm * hm == 1
+        lane = slice(None, None, layout.owners if shared else None)
+        batch = chunk["batch"][lane, None] if bm > 1 else 0
+        head = chunk["head"][lane, :1] // (layout.heads // hm)
+        slots = j * layout.slots + jnp.arange(layout.slots)
+        tiles = unpack_bits(self.bits[i[lane, None], batch, head, slots], bk)
+        tiles = tiles.transpose(0, 2, 1, 3).reshape(-1, 1, bq, layout.slots * bk)
+        return jnp.repeat(tiles, layout.owners, axis=0) if shared else tiles
 
     def loop(self, row: dict[str, Array], body, carry):
-        """Runs body(j, carry, partial) over all steps of a query block, partial ones first."""
+        """Runs body(j, carry, partial) over all steps of some query blocks, partial ones first."""
         u = self.layout.slots
-        done = 0
+        carry, done = compat.vary_alike((carry, row["q"]))[0], 0
         if self.lists.has_rule:
             done = -(-jnp.max(row["n_part"]) // u)
             carry = jax.lax.fori_loop(0, done, lambda j, c: body(j, c, True), carry)
         return jax.lax.fori_loop(done, -(-jnp.max(row["n_tot"]) // u), lambda j, c: body(j, c, False), carry)
 
     def dropped(self, chunk, row, step: _Step, weights: Array) -> Array:
-        """Dropout of weights [owners, rows, bq, U * bk]."""
+        """Dropout of weights [lanes, rows, bq, U * bk]."""
         if not self.settings.dropout:
             return weights
         head = (chunk["batch"][:, None] * self.layout.heads + chunk["head"])[:, :, None, None]
-        query = (row["i"] * self.lists.bq + jnp.arange(self.lists.bq))[:, None]
+        query = (row["i"][:, None] * self.lists.bq + jnp.arange(self.lists.bq))[:, None, :, None]
         kept = keep_mask(self.extras.seed, self.settings, head, query, step.keys[:, None, None, :])
         return jnp.where(kept, weights / (1 - self.settings.dropout), 0)
 
     def flat(self, x: Array) -> Array:
-        """[owners, rows, bq, n] -> [owners, rows * bq, n]."""
+        """[lanes, rows, bq, n] -> [lanes, rows * bq, n]."""
         return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
@@ -307,21 +343,22 @@ def forward(q: Array, k: Array, v: Array, lists: BlockLists, extras: Extras, set
             shrink = jnp.exp(top - origin)
             weights = call.flat(call.dropped(chunk, row, step, p))
             values = call.dot("ork,okd->ord", weights, call.fetch(chunk, "v", step.ids))
-            acc = acc * shrink.reshape(layout.owners, height, 1) + values
+            acc = acc * shrink.reshape(layout.lanes, height, 1) + values
             return acc, new_top, total * shrink + p.sum(-1)
 
-        some = (layout.owners, layout.rows, lists.bq)
+        some = (layout.lanes, layout.rows, lists.bq)
         start = (
-            jnp.zeros((layout.owners, height, v.shape[-1]), dtype),
+            jnp.zeros((layout.lanes, height, v.shape[-1]), dtype),
             jnp.full(some, -jnp.inf, dtype),
             jnp.zeros(some, dtype),
         )
         acc, top, total = call.loop(row, body, start)
         empty = total == 0
         safe = jnp.where(empty, 1, total)
-        o = acc / safe.reshape(layout.owners, height, 1)
+        # Where a query sees nothing, padding has brought in a value, which may be NaN.
+        o = jnp.where(empty.reshape(layout.lanes, height, 1), 0, acc / safe.reshape(layout.lanes, height, 1))
         lse = jnp.where(empty, -jnp.inf, jnp.where(empty, 0, top) + jnp.log(safe))
-        return o, lse.reshape(layout.owners, height, 1)
+        return o, lse.reshape(layout.lanes, height, 1)
 
     def chunk_pass(_, xs):
         chunk, rows = xs
@@ -353,11 +390,11 @@ def backward(
         name: layout.cut(x, lists.nq, lists.bq) for name, x in (("do", do), ("delta", delta), ("lse", denominator))
     }
     width = rows["idx"].shape[-1]
-    grid = (layout.owners, layout.rows, lists.bq, layout.slots * lists.bk)
+    grid = (layout.lanes, layout.rows, lists.bq, layout.slots * lists.bk)
 
     def block(carry, row, chunk):
         dk, dv, dbias = carry
-        of_key = jnp.arange(layout.owners)[:, None] // layout.split
+        of_key = layout.owner()[:, None] // layout.split
 
         def body(j, carry, partial):
             dq, dk, dv, dbias, dblock, dalibi = carry
@@ -372,15 +409,15 @@ def backward(
             if dalibi is not None:
                 dalibi = dalibi - (ds * step.distance).sum((2, 3))
             if dbias is not None:
-                tiles = tiles.swapaxes(2, 3)  # [owners, rows, U, bq, bk]
+                tiles = tiles.swapaxes(2, 3)  # [lanes, rows, U, bq, bk]
                 tiles = tiles.sum(1, keepdims=True) if dbias.shape[1] == 1 else tiles
                 tiles = tiles.sum(3, keepdims=True) if dbias.shape[3] == 1 else tiles
                 tiles = tiles.sum(4, keepdims=True) if dbias.shape[5] == 1 else tiles
                 dbias = dbias.at[step.bias_index].add(tiles)
             dz = call.flat(ds * step.slope) * settings.scale
             dq = dq + call.dot("ork,okd->ord", dz, step.k)
-            add_k = call.dot("ork,ord->okd", dz, row["q"]).reshape(layout.owners, layout.slots, lists.bk, -1)
-            add_v = call.dot("ork,ord->okd", weights, row["do"]).reshape(layout.owners, layout.slots, lists.bk, -1)
+            add_k = call.dot("ork,ord->okd", dz, row["q"]).reshape(layout.lanes, layout.slots, lists.bk, -1)
+            add_v = call.dot("ork,ord->okd", weights, row["do"]).reshape(layout.lanes, layout.slots, lists.bk, -1)
             return dq, dk.at[of_key, step.ids].add(add_k), dv.at[of_key, step.ids].add(add_v), dbias, dblock, dalibi
 
         start = (
@@ -388,28 +425,31 @@ def backward(
             dk,
             dv,
             dbias,
-            None if extras.block_bias is None else jnp.zeros((layout.owners, width), dtype),
-            None if extras.alibi is None else jnp.zeros((layout.owners, layout.rows), dtype),
+            None if extras.block_bias is None else jnp.zeros((layout.lanes, width), dtype),
+            None if extras.alibi is None else jnp.zeros((layout.lanes, layout.rows), dtype),
         )
         dq, dk, dv, dbias, dblock, dalibi = call.loop(row, body, start)
+        dq = jnp.where(row["lse"] == jnp.inf, 0, dq)
         return (dk, dv, dbias), (dq.astype(q.dtype), dblock, dalibi)
 
     def chunk_pass(dbias, xs):
         chunk, rows = xs
         start = (jnp.zeros(chunk["k"].shape, dtype), jnp.zeros(chunk["v"].shape, dtype), dbias)
+        start = compat.vary_alike((start, chunk["k"]))[0]
         (dk, dv, dbias), out = jax.lax.scan(lambda carry, row: block(carry, row, chunk), start, rows)
         return dbias, (dk.astype(k.dtype), dv.astype(v.dtype), *out)
 
     dbias = None if call.bias is None else jnp.zeros(call.bias.shape, dtype)
+    dbias = compat.vary_alike((dbias, q))[0]
     dbias, (dk, dv, dq, dblock, dalibi) = jax.lax.scan(chunk_pass, dbias, (call.chunk, rows))
     grads = Extras()
     if extras.bias is not None:
         grads = grads._replace(bias=call.join_bias(dbias).astype(extras.bias.dtype))
     if extras.block_bias is not None:
-        dblock = layout.gather_up(dblock.swapaxes(1, 2)[..., : lists.width], lists.idx)
+        dblock = layout.gather_up(layout.unbundle(dblock).swapaxes(1, 2)[:, :, : lists.nq, : lists.width], lists.idx)
         grads = grads._replace(block_bias=dblock.astype(extras.block_bias.dtype))
     if extras.alibi is not None:
-        dalibi = dalibi.sum(1).reshape(layout.batch, layout.heads).sum(0)
+        dalibi = layout.unbundle(dalibi).sum(1).reshape(layout.batch, layout.heads).sum(0)
         grads = grads._replace(alibi=dalibi.astype(extras.alibi.dtype))
     return (
         layout.join(dq, lists.q_len),
@@ -431,21 +471,22 @@ def block_stats(
 
     def block(chunk, row):
         # Rows that only fill up the last block must not count as queries.
-        real = (row["i"] * lists.bq + jnp.arange(lists.bq) < lists.q_len)[:, None]
+        query = row["i"][:, None] * lists.bq + jnp.arange(lists.bq)
+        real = (query < lists.q_len)[:, None, :, None]
 
         def body(j, carry, partial):
             stats, top = carry
             step = call.step(chunk, row, j, partial)
             scores = jnp.where(real, step.scores, -jnp.inf)
-            p = jnp.exp(scores - row["lse"].reshape(layout.owners, layout.rows, lists.bq, 1))
+            p = jnp.exp(scores - row["lse"].reshape(layout.lanes, layout.rows, lists.bq, 1))
             p = p.reshape(*p.shape[:3], layout.slots, lists.bk)
             found = p.max((2, 4)) if kind == "max" else p.sum((2, 4))
             stats = jax.lax.dynamic_update_slice_in_dim(stats, found, j * layout.slots, axis=2)
             return stats, jnp.maximum(top, scores.max((2, 3)))
 
         start = (
-            jnp.zeros((layout.owners, layout.rows, width), dtype),
-            jnp.full((layout.owners, layout.rows), -jnp.inf, dtype),
+            jnp.zeros((layout.lanes, layout.rows, width), dtype),
+            jnp.full((layout.lanes, layout.rows), -jnp.inf, dtype),
         )
         return call.loop(row, body, start)
 
@@ -454,6 +495,7 @@ def block_stats(
         return None, jax.lax.scan(lambda _, row: (None, block(chunk, row)), None, rows)[1]
 
     _, (stats, top) = jax.lax.scan(chunk_pass, None, (call.chunk, rows))
+    stats, top = layout.unbundle(stats)[:, : lists.nq], layout.unbundle(top)
     stats = stats.swapaxes(1, 2)[..., : lists.width]  # [chunks, owners, nq, rows, W]
     stats = stats.swapaxes(2, 3).reshape(layout.batch, layout.heads, lists.nq, lists.width)
     if kind == "mean":

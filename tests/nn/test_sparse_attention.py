@@ -160,3 +160,38 @@ def test_errors_say_what_is_wrong():
         SparseAttention(**OPTIONS, pattern=compiled, selector=Quest(TopK(1)), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="cannot be restricted"):
         SparseAttention(**OPTIONS, pattern=compiled, rngs=nnx.Rngs(0))(X, is_causal=True)
+
+
+@pytest.mark.parametrize("kind", ["module", "attention_fn"])
+def test_heads_and_batch_are_split_on_an_explicit_mesh(kind):
+    """As where projections are split over heads: values and gradients of parameters are those of one device."""
+    pattern, blocks = Causal() & Local(5), {"bq": 8, "bk": 8}
+    if kind == "module":
+        layer = SparseAttention(**OPTIONS, **blocks, pattern=pattern, rngs=nnx.Rngs(0))
+    else:
+        layer = plain(attention_fn=attention_fn(pattern, **blocks))
+    graph, params = nnx.split(layer, nnx.Param)
+    mesh, spec = jax.make_mesh((2, 2), ("data", "tensor"), devices=jax.devices()[:4]), jax.P
+
+    def place(path, leaf):
+        name = jax.tree_util.keystr(path)
+        axes = (
+            {"bias": (), "kernel": ("tensor",)} if "out" in name else {"bias": ("tensor",), "kernel": (None, "tensor")}
+        )
+        return jax.device_put(leaf, jax.NamedSharding(mesh, spec(*axes["bias" if "bias" in name else "kernel"])))
+
+    @jax.jit
+    def grads(params, x):
+        explicit = {} if jax.sharding.get_abstract_mesh().empty else {"out_sharding": spec("data")}
+
+        def loss(params):
+            y = nnx.merge(graph, params)(x, **explicit)
+            return jnp.sum(y * y), y
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    want = grads(params, X)
+    with jax.set_mesh(mesh):
+        got = grads(jax.tree.map_with_path(place, params), jax.device_put(X, jax.NamedSharding(mesh, spec("data"))))
+    for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=jax.tree_util.keystr(path))
