@@ -6,6 +6,7 @@ compared on `restore`.
 """
 
 import contextlib
+import functools
 import gc
 import math
 import numbers
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from sparsejax.joint_save import JointSave, SaveError
 from sparsejax.manifest import (
     CheckpointError,
     DamagedCheckpointError,
@@ -74,7 +76,8 @@ class Checkpointer:
         if ocp.multihost.is_primary_host(0):
             for path in self.directory.iterdir():
                 if _TEMPORARY in path.name:
-                    path.rmtree()
+                    with contextlib.suppress(OSError):  # a save given up by this job may still write; the next removes
+                        path.rmtree()
 
     def __enter__(self):
         return self
@@ -91,21 +94,20 @@ class Checkpointer:
 
         Raises:
             CheckpointError: it could not be written, for example because the disk is full; steps saved before are as
-                they were.
+                they were. Of several processes all raise it when one could not write, and the message names that one.
         """
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        step, response = pending
+        step, save = pending
         try:
-            response.result()
-        except Exception as error:  # whatever Orbax and its writers raise
-            lines = str(error).strip().splitlines() or [""]
+            save.wait()
+        except SaveError as error:
             kept = ", ".join(map(str, self.steps)) or "none"
             raise CheckpointError(
-                f"{self._name(step)} could not be saved ({type(error).__name__}: {lines[0][:200]}); steps saved before "
-                f"are as they were: {kept}. Make room, or save elsewhere, and restore the newest"
-            ) from error
+                f"{self._name(step)} could not be saved ({error}); steps saved before are as they were: {kept}. Make "
+                "room, or save elsewhere, and restore the newest"
+            ) from error.__cause__
         self._remove_old_steps()
 
     def _remove_old_steps(self) -> None:
@@ -151,10 +153,14 @@ class Checkpointer:
         if data is not None:
             manifest["data"] = data_checksums(data)
             checkpointables["data"] = data
-        response = ocp.save_checkpointables_async(
-            self.directory / str(step), checkpointables, overwrite=overwrite, custom_metadata={"sparsejax": manifest}
+        start = functools.partial(
+            ocp.save_checkpointables_async,
+            self.directory / str(step),
+            checkpointables,
+            overwrite=overwrite,
+            custom_metadata={"sparsejax": manifest},
         )
-        self._pending = step, response
+        self._pending = step, JointSave(start)
 
     def restore(self, abstract_state, data=None, *, step: int | None = None, partial: bool = False):
         """Reads a state back and verifies every leaf of it.

@@ -131,6 +131,14 @@ def test_a_damaged_step_is_refused_by_both_processes(job, kind, problem):
         assert re.search(whole, found["damaged"][kind])
 
 
+@pytest.mark.parametrize("full", [1, 0])
+def test_a_full_disk_of_one_process_loses_nothing_saved_before(job, full):
+    for found in job[1]:
+        who = rf"process {full} \({re.escape(socket.gethostname())}\): \S*Error: "
+        said = rf"full{full}/2 could not be saved \({who}.*\); steps saved before are as they were: 1\."
+        assert re.search(said, found["full disk"][1 - full])
+
+
 def test_a_configuration_that_differs_is_refused(job):
     for found in job[1]:
         assert found["facts"].startswith("rate differs between processes: 0.1 on process 0")

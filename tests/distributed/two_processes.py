@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import resource
 import sys
 import time
 from pathlib import Path
@@ -17,7 +19,7 @@ from experiments.agreement import check_copies
 from experiments.machines import Machines
 from experiments.train import train
 from experiments.variant import Variant
-from sparsejax.checkpoint import Checkpointer, DamagedCheckpointError
+from sparsejax.checkpoint import Checkpointer, CheckpointError, DamagedCheckpointError
 from sparsejax.masks.paths import map_with_names
 
 
@@ -99,6 +101,25 @@ def damaged(variant: Variant, run: Path, folder: Path) -> dict[str, str | None]:
     return found
 
 
+def full_disk(variant: Variant, folder: Path, full: int) -> str | None:
+    """The disk of one process is full when the second of two steps is saved."""
+    folder, state = folder / f"full{full}", variant.first_state(0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Checkpointer(folder) as checkpoints:
+        checkpoints.save(1, state)
+        checkpoints.wait()
+        if jax.process_index() == full:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+        said = message(CheckpointError, lambda: (checkpoints.save(2, variant.first_state(1)), checkpoints.wait()))
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with Checkpointer(folder) as checkpoints:
+        assert checkpoints.latest_step == 1
+        restored = checkpoints.restore(variant.abstract_state())
+    same = jax.tree.map(lambda a, b: bool(jax.jit(lambda a, b: (a == b).all())(a, b)), restored, state)
+    assert all(jax.tree.leaves(same)), same
+    return said
+
+
 def main(port: str, index: str, folder: str, names: str) -> None:
     machines = Machines((2, 2, 2), coordinator=f"127.0.0.1:{port}", processes=2, process=int(index), patience=120)
     machines.start()
@@ -116,8 +137,13 @@ def main(port: str, index: str, folder: str, names: str) -> None:
     began = time.time()
     found["damaged"] = damaged(variant, folder / name, folder)
     found["seconds"]["damaged"] = time.time() - began
+    began = time.time()
+    found["full disk"] = [full_disk(variant, folder, full) for full in (1, 0)]
+    found["seconds"]["full disk"] = time.time() - began
     found["late"] = late()
     (folder / f"found{index}.json").write_text(json.dumps(found))
+    processes.leave_together()
+    os._exit(0)  # a save that another process gave up still waits for it in the background
 
 
 if __name__ == "__main__":
