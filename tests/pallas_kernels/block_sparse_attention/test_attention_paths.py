@@ -16,6 +16,7 @@ from pallas_kernels.block_sparse_attention import (
     dense_mask,
     explain,
     from_tiles,
+    xla,
 )
 
 QUICK = settings(max_examples=5, deadline=None)
@@ -60,6 +61,37 @@ def test_reference_is_masked_softmax():
 def test_xla_equals_reference_in_float64(case):
     with jax.enable_x64(True):
         zoo.assert_trees_close(case.run("xla", jnp.float64), case.run("reference", jnp.float64), 1e-11, 1e-12)
+
+
+@pytest.mark.parametrize(("scores", "chunks", "slots", "blocks"), [(2**8, 2, 1, 1), (2**12, 1, 4, 2)])
+@pytest.mark.parametrize(("rule", "shared"), [("bits", True), ("segments", False)])
+def test_xla_in_several_steps_equals_reference(scores, chunks, slots, blocks, rule, shared, monkeypatch):
+    monkeypatch.setattr(xla, "_STEP_SCORES", scores)
+    case = zoo.Case(
+        batch=2, heads=4, kv_heads=2, q_len=40, kv_len=30, dim=8, v_dim=5, bq=8, bk=8,
+        batch_lists=1 if shared else 2, head_lists=1 if shared else 4, rule=rule,
+        options=frozenset({"alibi", "block_bias", "bias", "dropout"}), seed=0,
+    )  # fmt: skip
+    lists, (q, k, _), *_ = case.arrays(jnp.float32)
+    layout = xla._Layout.of(q, k.shape[2], lists)
+    assert (layout.chunks, layout.slots, layout.blocks) == (chunks, min(slots, lists.width), blocks)
+    assert lists.width > 1  # 5 query blocks, so one is left over
+    with jax.enable_x64(True):
+        zoo.assert_trees_close(case.run("xla", jnp.float64), case.run("reference", jnp.float64), 1e-11, 1e-12)
+
+
+def test_values_that_are_nan_stay_out_of_queries_without_keys():
+    lists, q, k, v = simple(tiles=np.diag([2, 0, 2]), elem=None)
+
+    def loss(q):
+        o = block_sparse_attention(q, k, v.at[:, 0].set(jnp.nan), lists, implementation="xla")
+        return o.sum(), o
+
+    dq, o = jax.grad(loss, has_aux=True)(q)
+    for x in (o, dq):
+        np.testing.assert_array_equal(x[:, 8:16], 0)
+        assert np.isnan(x[:, :8]).all()
+        assert np.isfinite(x[:, 16:]).all()
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16])
