@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import compat
 from pallas_kernels.block_sparse_attention.lists import BlockLists
 from pallas_kernels.block_sparse_attention.options import Extras, Settings, keep_mask
 from pallas_kernels.block_sparse_attention.rules import apply_rule, owner_payload, pad_axis, unpack_bits
@@ -306,7 +307,7 @@ class _Call:
     def loop(self, row: dict[str, Array], body, carry):
         """Runs body(j, carry, partial) over all steps of some query blocks, partial ones first."""
         u = self.layout.slots
-        done = 0
+        carry, done = compat.vary_alike((carry, row["q"]))[0], 0
         if self.lists.has_rule:
             done = -(-jnp.max(row["n_part"]) // u)
             carry = jax.lax.fori_loop(0, done, lambda j, c: body(j, c, True), carry)
@@ -434,10 +435,12 @@ def backward(
     def chunk_pass(dbias, xs):
         chunk, rows = xs
         start = (jnp.zeros(chunk["k"].shape, dtype), jnp.zeros(chunk["v"].shape, dtype), dbias)
+        start = compat.vary_alike((start, chunk["k"]))[0]
         (dk, dv, dbias), out = jax.lax.scan(lambda carry, row: block(carry, row, chunk), start, rows)
         return dbias, (dk.astype(k.dtype), dv.astype(v.dtype), *out)
 
     dbias = None if call.bias is None else jnp.zeros(call.bias.shape, dtype)
+    dbias = compat.vary_alike((dbias, q))[0]
     dbias, (dk, dv, dq, dblock, dalibi) = jax.lax.scan(chunk_pass, dbias, (call.chunk, rows))
     grads = Extras()
     if extras.bias is not None:
