@@ -5,11 +5,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from pallas_kernels.block_sparse_matmul.api import block_sparse_matmul
 from pallas_kernels.block_sparse_matmul.lists import BlockLists
+from pallas_kernels.product_programs import product_programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ def abstract_arguments(shape: Shape, array: Callable[..., Any]) -> tuple[Any, An
     return array((shape.rows, shape.inputs), dtype), array((*slots, shape.bk, bn), dtype), lists
 
 
-def programs(shape: Shape, implementation: str, array: Callable[..., Any]) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+def programs(shape: Shape, implementation: str, array: Callable[..., Any]) -> dict[str, Any]:
     """Functions and abstract arguments to compile.
 
     Args:
@@ -92,10 +92,5 @@ def programs(shape: Shape, implementation: str, array: Callable[..., Any]) -> di
     def multiply(x, values, lists):
         return block_sparse_matmul(x, values, lists, shape=(shape.inputs, shape.outputs), implementation=implementation)
 
-    def train(x, values, lists, dy):
-        y, pull = jax.vjp(lambda x, values: multiply(x, values, lists), x, values)
-        return y, pull(dy)
-
-    if not shape.gradient:
-        return {"forward": (multiply, (x, values, lists))}
-    return {"forward and backward": (train, (x, values, lists, array((shape.rows, shape.outputs), x.dtype)))}
+    dy = array((shape.rows, shape.outputs), x.dtype) if shape.gradient else None
+    return product_programs(multiply, (x, values, lists), dy)

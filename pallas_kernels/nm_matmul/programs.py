@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from pallas_kernels.nm_matmul.api import nm_matmul
+from pallas_kernels.product_programs import product_programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ def abstract_arguments(shape: Shape, array: Callable[..., Any]) -> tuple[Any, An
     )
 
 
-def programs(shape: Shape, implementation: str, array: Callable[..., Any]) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+def programs(shape: Shape, implementation: str, array: Callable[..., Any]) -> dict[str, Any]:
     """Functions and abstract arguments to compile.
 
     Args:
@@ -74,11 +74,5 @@ def programs(shape: Shape, implementation: str, array: Callable[..., Any]) -> di
     def multiply(x, values, positions):
         return nm_matmul(x, values, positions, **pattern, implementation=implementation)
 
-    def train(x, values, positions, dy):
-        y, pull = jax.vjp(lambda x, values: multiply(x, values, positions), x, values)
-        return y, pull(dy)
-
-    if not shape.gradient:
-        return {"forward": (multiply, (x, values, positions))}
-    dy = array((shape.rows, shape.outputs), x.dtype)
-    return {"forward and backward": (train, (x, values, positions, dy))}
+    dy = array((shape.rows, shape.outputs), x.dtype) if shape.gradient else None
+    return product_programs(multiply, (x, values, positions), dy)

@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
+from pallas_kernels.product_programs import product_programs
 from pallas_kernels.sparse_conv.api import sparse_conv
 from pallas_kernels.sparse_conv.lists import KernelMap
 
@@ -44,7 +44,7 @@ SHAPES = {
 """What is lowered and compiled in tests."""
 
 
-def programs(shape: Shape, implementation: str, array: Callable[..., Any]) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+def programs(shape: Shape, implementation: str, array: Callable[..., Any]) -> dict[str, Any]:
     """Functions and abstract arguments to compile.
 
     Args:
@@ -64,10 +64,5 @@ def programs(shape: Shape, implementation: str, array: Callable[..., Any]) -> di
     def convolve(x, weights, kernel_map):
         return sparse_conv(x, weights, kernel_map, implementation=implementation)
 
-    def train(x, weights, kernel_map, dy):
-        y, pull = jax.vjp(lambda x, weights: convolve(x, weights, kernel_map), x, weights)
-        return y, pull(dy)
-
-    if not shape.gradient:
-        return {"forward": (convolve, (x, weights, kernel_map))}
-    return {"forward and backward": (train, (x, weights, kernel_map, array((rows_out, outputs), dtype)))}
+    dy = array((rows_out, outputs), dtype) if shape.gradient else None
+    return product_programs(convolve, (x, weights, kernel_map), dy)

@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
+from pallas_kernels.product_programs import product_programs
 from pallas_kernels.tile_conv.api import tile_conv
 from pallas_kernels.tile_conv.geometry import Geometry
 
@@ -74,7 +74,7 @@ def abstract_arguments(shape: Shape, array: Callable[..., Any]) -> tuple[Any, ..
     )
 
 
-def programs(shape: Shape, implementation: str, array: Callable[..., Any]) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+def programs(shape: Shape, implementation: str, array: Callable[..., Any]) -> dict[str, Any]:
     """Functions and abstract arguments to compile.
 
     Args:
@@ -91,11 +91,6 @@ def programs(shape: Shape, implementation: str, array: Callable[..., Any]) -> di
     def convolve(x, weights, neighbours, used):
         return tile_conv(x, weights, neighbours, used, geometry, implementation=implementation)
 
-    def train(x, weights, neighbours, used, dy):
-        y, pull = jax.vjp(lambda x, weights: convolve(x, weights, neighbours, used), x, weights)
-        return y, pull(dy)
-
-    if not shape.gradient:
-        return {"forward": (convolve, (x, weights, neighbours, used))}
-    dy = array((shape.capacity, *geometry.tile_out, shape.outputs or shape.inputs), x.dtype)
-    return {"forward and backward": (train, (x, weights, neighbours, used, dy))}
+    results = shape.capacity, *geometry.tile_out, shape.outputs or shape.inputs
+    dy = array(results, x.dtype) if shape.gradient else None
+    return product_programs(convolve, (x, weights, neighbours, used), dy)
