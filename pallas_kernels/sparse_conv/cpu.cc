@@ -330,95 +330,183 @@ ffi::Error WeightGradient(ffi::ThreadPool pool, int64_t groups, ffi::Buffer<kTyp
 
 using Numbers = ffi::Span<const int64_t>;
 
-// Rows of a sorted list of sites by their place in the whole grid: from bits and their counts, or by walking along the list.
-class SiteList {
- public:
-  SiteList(int64_t samples, int64_t size, const int32_t* batch, const int32_t* keys, int64_t rows)
-      : samples_(samples), size_(size), batch_(batch), keys_(keys), rows_(rows) {
-    if (samples * size > kMostBits) return;
-    bits_.assign(samples * size / 64 + 1, 0);
-    before_.resize(bits_.size());
-    for (int64_t i = 0; i < rows && batch[i] < samples; i++) bits_[Place(i) / 64] |= uint64_t{1} << Place(i) % 64;
-    for (size_t word = 1; word < bits_.size(); word++) before_[word] = before_[word - 1] + __builtin_popcountll(bits_[word - 1]);
-  }
-  // The rows of places that ascend, those below 0 left out; the list's length for none.
-  void Find(const int64_t* places, int64_t count, int32_t* to) const {
-    if (!bits_.empty()) {
-      for (int64_t i = 0; i < count; i++) {
-        const int64_t place = std::max<int64_t>(places[i], 0);
-        const uint64_t word = bits_[place / 64], bit = uint64_t{1} << place % 64;
-        const int32_t row = before_[place / 64] + __builtin_popcountll(word & (bit - 1));
-        to[i] = (word & bit) != 0 && places[i] >= 0 ? row : rows_;
-      }
-      return;
-    }
-    int64_t at = -1;
-    for (int64_t i = 0; i < count; i++) {
-      to[i] = rows_;
-      if (places[i] < 0) continue;
-      if (at < 0) at = First(places[i]);
-      while (at < rows_ && Place(at) < places[i]) at++;
-      if (at < rows_ && Place(at) == places[i]) to[i] = at;
-    }
-  }
+constexpr int64_t kSpan = 57;          // bits that a load from any byte has behind the first one wanted
+constexpr int64_t kWordsPerSite = 16;  // of a grid's bits, up to which these are quicker than walking along the list
 
- private:
-  static constexpr int64_t kMostBits = 1 << 26;
-  int64_t Place(int64_t row) const { return batch_[row] * size_ + keys_[row]; }
-  int64_t First(int64_t place) const {
-    int64_t low = 0, high = rows_;
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      Place(middle) < place ? low = middle + 1 : high = middle;
+// Numbers for places in a grid of sites with margins so wide that no tap leads out of it: a tap moves all sites by one number.
+struct Grid {
+  int64_t dims, size = 1;
+  std::vector<int64_t> low, step;
+  // Margins for sites at `coordinate * scale + shift + tap * spread`, where lines of `run` taps are looked at together.
+  Grid(Numbers shape, Numbers rows_shape, Numbers window, Numbers scale, Numbers shift, Numbers spread, int64_t run)
+      : dims(shape.size()), low(dims, 0), step(dims) {
+    for (int64_t d = dims; d-- > 0;) {
+      const int64_t together = d + 1 == dims ? run : 1, top = (rows_shape[d] - 1) * scale[d];
+      int64_t high = 0;
+      for (int64_t t = 0; t < window[d]; t += together) {
+        const int64_t first = shift[d] + t * spread[d], last = first + (together - 1) * spread[d];
+        if (!Meets(shape[d], top, first, last)) continue;
+        low[d] = std::max(low[d], -first);
+        high = std::max(high, top + last - (shape[d] - 1));
+      }
+      step[d] = size;
+      size *= low[d] + shape[d] + high;
     }
-    return low;
   }
-  int64_t samples_, size_;
-  const int32_t *batch_, *keys_;
-  int64_t rows_;
-  std::vector<uint64_t> bits_;
-  std::vector<int32_t> before_;
+  // Whether any of 0 to `top` is inside once it is moved by something from `first` to `last`.
+  static bool Meets(int64_t side, int64_t top, int64_t first, int64_t last) { return first < side && top + last >= 0; }
+  // The numbers of sites of a grid of that shape, coordinates times `scale`.
+  void Places(const int32_t* batch, const int32_t* keys, int64_t count, Numbers shape, const int64_t* scale, int64_t* to) const {
+    int32_t rest[kPart];
+    std::memcpy(rest, keys, count * sizeof(int32_t));
+    for (int64_t i = 0; i < count; i++) to[i] = batch[i] * size;
+    for (int64_t d = dims; d-- > 0;) {
+      const int32_t side = shape[d];
+      const int64_t by = scale[d] * step[d], margin = low[d] * step[d];
+      // In float64 the quotient is right: it is 0.5 / side or more away from whole numbers, rounding errs by far less.
+      const double inverse = 1.0 / side;
+      for (int64_t i = 0; i < count; i++) {
+        const int32_t quotient = static_cast<int32_t>((rest[i] + 0.5) * inverse);
+        to[i] += (rest[i] - quotient * side) * by + margin;
+        rest[i] = quotient;
+      }
+    }
+  }
 };
 
-// For every tap and row the row in a list of the site at (coordinate * scale + shift + tap * spread) / divide, if that is whole
-// and inside the list's grid. Such sites ascend along the rows, as those of the list do.
+// What is at a place and behind it, from one bit for each place and, for each word of bits, the number of sites before it.
+struct BitSearch {
+  const uint64_t* words;
+  const int32_t* before;
+  uint64_t Seen(int64_t place, int64_t) const {
+    uint64_t word;
+    std::memcpy(&word, reinterpret_cast<const char*>(words) + place / 8, sizeof(word));
+    return word >> place % 8;
+  }
+  int64_t Mark(int64_t place) const { return place; }
+  int32_t Row(int64_t place) const {
+    return before[place / 64] + __builtin_popcountll(words[place / 64] & ((uint64_t{1} << place % 64) - 1));
+  }
+};
+
+// The same for places that ascend, by walking along those of the list.
+struct WalkSearch {
+  const int64_t *places, *end, *at = nullptr;
+  uint64_t Seen(int64_t place, int64_t span) {
+    if (!at) at = std::lower_bound(places, end, place);
+    while (at < end && *at < place) at++;
+    uint64_t seen = 0;
+    for (const int64_t* site = at; site < end && *site < place + span; site++) seen |= uint64_t{1} << (*site - place);
+    return seen;
+  }
+  int64_t Mark(int64_t) const { return at - places; }
+  int32_t Row(int64_t mark) const { return mark; }
+};
+
+// For a line of `run` taps and some rows, the row in the list where it has their neighbours; `to` holds "none" already.
+template <class Search>
+void FindLine(Search search, const int64_t* places, int64_t count, int64_t move, int64_t run, int64_t spread, int32_t none, int32_t* to,
+              int64_t step) {
+  int32_t row[kPart];
+  int64_t mark[kPart], found = 0;
+  uint64_t seen[kPart], taps = 0;
+  for (int64_t t = 0; t < run; t++) taps |= uint64_t{1} << t * spread;
+  for (int64_t i = 0; i < count; i++) {
+    row[found] = i;
+    seen[found] = search.Seen(places[i] + move, (run - 1) * spread + 1);
+    mark[found] = search.Mark(places[i] + move);
+    found += (seen[found] & taps) != 0;
+  }
+  for (int64_t n = 0; n < found; n++) {
+    const int32_t first = search.Row(mark[n]);
+    for (int64_t t = 0; t < run; t++) {
+      // Without a branch, which nobody could foresee.
+      const int32_t next = first + __builtin_popcountll(seen[n] & ((uint64_t{1} << t * spread) - 1));
+      const int32_t there = -static_cast<int32_t>(seen[n] >> t * spread & 1);
+      to[t * step + row[n]] = (next & there) | (none & ~there);
+    }
+  }
+}
+
+// For every tap and row the row in a list of the site at coordinate * scale + shift + tap * spread, if it is there. Both the rows
+// and the list are sorted, empty ones at the end.
 ffi::Error Neighbours(ffi::ThreadPool pool, int64_t samples, Numbers list_shape, Numbers shape, Numbers window, Numbers scale,
-                      Numbers shift, Numbers spread, Numbers divide, S32 list_batch, S32 list_keys, S32 batch, S32 keys,
+                      Numbers shift, Numbers spread, S32 list_batch, S32 list_keys, S32 batch, S32 keys,
                       ffi::ResultBuffer<ffi::S32> table) {
-  const int64_t dims = shape.size(), rows = keys.element_count(), taps = table->dimensions()[0];
-  const int64_t parts = (rows + kPart - 1) / kPart;
-  int64_t size = 1;
-  for (int64_t n : list_shape) size *= n;
-  const SiteList list(samples, size, list_batch.typed_data(), list_keys.typed_data(), list_keys.element_count());
-  Lease lease(rows * dims * sizeof(int32_t));
-  int32_t* coords = lease.As<int32_t>();
-  ParallelFor(pool, parts, [&](int64_t part) {
-    for (int64_t i = part * kPart; i < std::min(rows, (part + 1) * kPart); i++) {
-      uint32_t key = keys.typed_data()[i];
-      for (int64_t d = dims; d-- > 0;) {
-        const uint32_t side = shape[d], rest = key / side;
-        coords[d * rows + i] = key - rest * side;
-        key = rest;
-      }
+  const int64_t dims = shape.size(), last = dims - 1, rows = keys.element_count(), taps = table->dimensions()[0];
+  const int64_t run = (window[last] - 1) * spread[last] < kSpan ? window[last] : 1, lines = taps / run;
+  const Grid grid(list_shape, shape, window, scale, shift, spread, run);
+  auto used = [samples](const S32& batch) {
+    const int32_t *begin = batch.typed_data(), *end = begin + batch.element_count();
+    return std::partition_point(begin, end, [samples](int32_t sample) { return sample < samples; }) - begin;
+  };
+  auto parts = [](int64_t count) { return (count + kPart - 1) / kPart; };
+  const int64_t listed = used(list_batch), count = used(batch), none = list_keys.element_count();
+  const int64_t words = samples * grid.size / 64 + 1;
+  const bool walk = words > kWordsPerSite * (listed + kPart);
+  // One more word, since a load may begin in the last one and end behind it.
+  Lease lease((listed + count) * sizeof(int64_t) + (walk ? 0 : (words + 1) * (sizeof(uint64_t) + sizeof(int32_t))));
+  int64_t* sites = lease.As<int64_t>();
+  int64_t* places = sites + listed;
+  uint64_t* bits = reinterpret_cast<uint64_t*>(places + count);
+  int32_t* before = reinterpret_cast<int32_t*>(bits + words + 1);
+  const std::vector<int64_t> once(dims, 1);
+  ParallelFor(pool, parts(listed) + parts(count), [&](int64_t part) {
+    const bool of_list = part < parts(listed);
+    const int64_t begin = (of_list ? part : part - parts(listed)) * kPart;
+    if (of_list) {
+      grid.Places(list_batch.typed_data() + begin, list_keys.typed_data() + begin, std::min(kPart, listed - begin), list_shape,
+                  once.data(), sites + begin);
+    } else {
+      grid.Places(batch.typed_data() + begin, keys.typed_data() + begin, std::min(kPart, count - begin), shape, scale.begin(),
+                  places + begin);
     }
   });
-  ParallelFor(pool, taps * parts, [&](int64_t unit) {
-    const int64_t tap = unit / parts, begin = unit % parts * kPart, count = std::min(rows - begin, kPart);
-    int64_t places[kPart];
-    for (int64_t i = 0; i < count; i++) places[i] = batch.typed_data()[begin + i] < samples ? batch.typed_data()[begin + i] : -1;
-    int64_t later = taps;
-    for (int64_t d = 0; d < dims; d++) {
-      later /= window[d];
-      const int64_t offset = shift[d] + tap / later % window[d] * spread[d], side = list_shape[d], by = scale[d];
-      const int32_t* from = coords + d * rows + begin;
-      for (int64_t i = 0; i < count; i++) {
-        int64_t at = from[i] * by + offset;
-        if (divide[d] > 1) at = at % divide[d] ? -1 : at / divide[d];
-        const bool inside = places[i] >= 0 && at >= 0 && at < side;
-        places[i] = inside ? places[i] * side + at : -1;
-      }
+  // A part writes the words from the one behind those of earlier sites up to that of its last site.
+  if (!walk) bits[words] = 0;
+  ParallelFor(pool, walk ? 0 : std::max<int64_t>(1, parts(listed)), [&](int64_t part) {
+    int64_t site = part * kPart, word = part ? sites[site - 1] / 64 + 1 : 0;
+    const int64_t end = std::min(site + kPart, listed), stop = end == listed ? words : sites[end - 1] / 64 + 1;
+    while (site < end && sites[site] / 64 < word) site++;
+    for (; word < stop; word++) {
+      before[word] = site;
+      uint64_t found = 0;
+      for (; site < listed && sites[site] / 64 == word; site++) found |= uint64_t{1} << sites[site] % 64;
+      bits[word] = found;
     }
-    list.Find(places, count, table->typed_data() + tap * rows + begin);
+  });
+  ParallelFor(pool, lines * parts(rows), [&](int64_t unit) {
+    const int64_t line = unit / parts(rows), begin = unit % parts(rows) * kPart, end = std::min(rows, begin + kPart);
+    int32_t* to = table->typed_data() + line * run * rows + begin;
+    for (int64_t t = 0; t < run; t++) std::fill(to + t * rows, to + t * rows + end - begin, none);
+    int64_t move = 0, tap = line * run;
+    for (int64_t d = dims; d-- > 0;) {
+      const int64_t first = shift[d] + tap % window[d] * spread[d], end_of_line = first + (d == last ? (run - 1) * spread[d] : 0);
+      if (!Grid::Meets(list_shape[d], (shape[d] - 1) * scale[d], first, end_of_line)) return;
+      move += first * grid.step[d];
+      tap /= window[d];
+    }
+    const int64_t filled = std::min(end, count) - begin;
+    if (filled <= 0) return;
+    if (walk) {
+      FindLine(WalkSearch{sites, sites + listed}, places + begin, filled, move, run, spread[last], none, to, rows);
+    } else {
+      FindLine(BitSearch{bits, before}, places + begin, filled, move, run, spread[last], none, to, rows);
+    }
+  });
+  return ffi::Error::Success();
+}
+
+// The table of the transposed map: for every tap and row of the input the row of the output that reads it.
+ffi::Error Inverse(ffi::ThreadPool pool, S32 table, ffi::ResultBuffer<ffi::S32> inverse) {
+  const int64_t taps = table.dimensions()[0], outputs = table.dimensions()[1], inputs = inverse->dimensions()[1];
+  ParallelFor(pool, taps, [&](int64_t tap) {
+    const int32_t* from = table.typed_data() + tap * outputs;
+    int32_t* to = inverse->typed_data() + tap * inputs;
+    std::fill(to, to + inputs, outputs);
+    for (int64_t o = 0; o < outputs; o++) {
+      if (static_cast<uint32_t>(from[o]) < static_cast<uint32_t>(inputs)) to[from[o]] = o;
+    }
   });
   return ffi::Error::Success();
 }
@@ -448,9 +536,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(sparse_conv_neighbours, Neighbours,
                                   .Attr<Numbers>("scale")
                                   .Attr<Numbers>("shift")
                                   .Attr<Numbers>("spread")
-                                  .Attr<Numbers>("divide")
                                   .Arg<S32>()
                                   .Arg<S32>()
                                   .Arg<S32>()
                                   .Arg<S32>()
                                   .Ret<S32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sparse_conv_inverse, Inverse, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<S32>().Ret<S32>());

@@ -13,6 +13,7 @@ SOURCE = Path(__file__).with_name("cpu.cc")
 TARGETS = (
     *(f"sparse_conv_{name}_{kind}" for name in ("forward", "dw") for kind in ("f32", "f64")),
     "sparse_conv_neighbours",
+    "sparse_conv_inverse",
 )
 
 
@@ -51,14 +52,14 @@ def _call(name: str, shape: tuple[int, ...], left, right, kernel_map: KernelMap,
     return call(*operands, groups=np.int64(groups))
 
 
-def neighbours(listed, rows, window, *, scale, shift, spread, divide) -> jax.Array:
+def neighbours(listed, rows, window, *, scale, shift, spread) -> jax.Array:
     """Where in a sorted list of sites each tap's neighbour of each row is.
 
-    The neighbour of a site is at `(coordinate * scale + shift + tap * spread) / divide`, if that is whole and inside.
+    The neighbour of a site is at `coordinate * scale + shift + tap * spread`, if that is inside.
 
     Args:
         listed: `(batch, keys, shape, samples)` of the sites to search, see `sparsejax.convolution.Sites`.
-        rows: `(batch, keys, shape, samples)` of those whose neighbours are wanted.
+        rows: `(batch, keys, shape, samples)` of those whose neighbours are wanted, sorted too.
         window: sides of the kernel; the other sizes are one number for each dimension, too.
 
     Returns:
@@ -67,7 +68,13 @@ def neighbours(listed, rows, window, *, scale, shift, spread, divide) -> jax.Arr
     batch, keys, list_shape, samples = listed
     operands = batch, keys, *rows[:2]
     result = compat.like_varying((int(np.prod(window)), len(rows[1])), jnp.int32, *operands)
-    sizes = {"list_shape": list_shape, "shape": rows[2], "window": window, "scale": scale}
-    sizes |= {"shift": shift, "spread": spread, "divide": divide}
+    sizes = {"list_shape": list_shape, "shape": rows[2], "window": window}
+    sizes |= {"scale": scale, "shift": shift, "spread": spread}
     call = jax.ffi.ffi_call("sparse_conv_neighbours", result, vmap_method="sequential")
     return call(*operands, samples=np.int64(samples), **{name: np.array(n, np.int64) for name, n in sizes.items()})
+
+
+def inverse(table, rows: int) -> jax.Array:
+    """The table of the transposed map, int32 (taps, rows), of one of a map (taps, outputs); see `KernelMap`."""
+    result = compat.like_varying((len(table), rows), jnp.int32, table)
+    return jax.ffi.ffi_call("sparse_conv_inverse", result, vmap_method="sequential")(table)

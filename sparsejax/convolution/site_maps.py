@@ -113,7 +113,9 @@ def strided_map(
     nothing = jnp.zeros((capacity, 0), sites.feats.dtype)
     out = Sites(out_batch, out_keys, nothing, count, overflow | sites.overflow, out_shape, sites.batch_size)
     fwd = _neighbours(sites, out, window, step, tuple(-n for n in low), spread, once, search)
-    return out, KernelMap(fwd, _neighbours(out, sites, window, *back, search), sites.count, out.count)
+    by_native = _by_native(search)
+    bwd = native.inverse(fwd, sites.capacity) if by_native else _neighbours(out, sites, window, *back, search)
+    return out, KernelMap(fwd, bwd, sites.count, out.count)
 
 
 def _reached(rows: Sites, shape, window, scale, shift, spread, divide) -> tuple[jax.Array, jax.Array]:
@@ -128,16 +130,21 @@ def _reached(rows: Sites, shape, window, scale, shift, spread, divide) -> tuple[
     return ravel(jnp.where(there[..., None], place, 0), shape), there
 
 
-def _neighbours(listed: Sites, rows: Sites, window, scale, shift, spread, divide, search) -> jax.Array:
-    """The table (taps, rows) of where in a list of sites the places of `_reached` are."""
+def _by_native(search: str | None) -> bool:
+    """Whether the C++ code finds neighbours, checked."""
     if search not in (None, "native", "grid", "bisect"):
         raise ValueError(f"search is {search!r}; allowed are None, 'native', 'grid' and 'bisect'")
     refused = native.unavailable() if search in (None, "native") else search
-    if refused is None:
-        both = ((each.batch, each.keys, each.shape, each.batch_size) for each in (listed, rows))
-        return native.neighbours(*both, window, scale=scale, shift=shift, spread=spread, divide=divide)
-    if search == "native":
+    if refused is not None and search == "native":
         raise ValueError(f"search='native' does not work here: {refused}")
+    return refused is None
+
+
+def _neighbours(listed: Sites, rows: Sites, window, scale, shift, spread, divide, search) -> jax.Array:
+    """The table (taps, rows) of where in a list of sites the places of `_reached` are; C++ divides by 1 alone."""
+    if _by_native(search):
+        both = ((each.batch, each.keys, each.shape, each.batch_size) for each in (listed, rows))
+        return native.neighbours(*both, window, scale=scale, shift=shift, spread=spread)
     keys, there = _reached(rows, listed.shape, window, scale, shift, spread, divide)
     size, batch = math.prod(listed.shape), jnp.broadcast_to(rows.batch, keys.shape)
     grid = listed.batch_size * size <= GRID_PLACES if search is None else search == "grid"

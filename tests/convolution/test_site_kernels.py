@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import native as build
-from pallas_kernels.sparse_conv import explain, sparse_conv
+from pallas_kernels.sparse_conv import explain, native, sparse_conv
 from sparsejax.convolution import check_overflow, from_coords, strided_map, subm_map
 
 needs_compiler = pytest.mark.skipif(not COMPILER, reason="no C++ compiler; the refusal test ran")
@@ -101,6 +101,52 @@ def test_native_equals_reference(features, sizes, dtype):
 )
 def test_native_equals_reference_at_any_size(features, sizes, dtype, seed):
     compare(features, sizes, dtype, seed)
+
+
+def one_by_one(listed, rows, window, scale, shift, spread):
+    """What `native.neighbours` finds, from a dictionary of all sites."""
+    batch, keys, shape, samples = (np.asarray(part) for part in listed)
+    known = {(b, k): row for row, (b, k) in enumerate(zip(batch.tolist(), keys.tolist(), strict=True)) if b < samples}
+    batch, keys, rows_shape = (np.asarray(part) for part in rows[:3])
+    table = np.full((np.prod(window), len(keys)), len(listed[1]), np.int32)
+    for row in np.flatnonzero(batch < samples):
+        coords = np.array(np.unravel_index(keys[row], rows_shape))
+        for number, tap in enumerate(np.ndindex(*window)):
+            at = coords * scale + shift + np.array(tap) * spread
+            if np.all((at >= 0) & (at < shape)):
+                key = int(np.ravel_multi_index(tuple(at), tuple(shape)))
+                table[number, row] = known.get((batch[row], key), len(listed[1]))
+    return table
+
+
+@needs_compiler
+@settings(deadline=None, max_examples=30)
+@given(st.data())
+def test_native_neighbours_are_those_of_a_search_one_by_one(data):
+    dims, random = data.draw(st.integers(1, 4)), np.random.default_rng(data.draw(st.integers(0, 10**6)))
+
+    def each(low, high):
+        return tuple(random.integers(low, high, dims).tolist())
+
+    def sorted_sites(shape, samples):
+        size = int(np.prod(shape))
+        places = np.unique(random.integers(0, samples * size, int(random.integers(1, 60))))
+        batch, keys = np.full((2, len(places) + 3), 2**31 - 1, np.int32)
+        batch[:], batch[: len(places)], keys[: len(places)] = samples, places // size, places % size
+        return batch, keys, shape, samples
+
+    most = 20_000 if data.draw(st.booleans()) and dims < 3 else 64 // 4 ** (dims - 1) + 2  # walked along, or bits
+    samples, window, spread = int(random.integers(1, 4)), each(1, 4), each(1, 40 // dims)
+    listed = rows = sorted_sites(each(1, most), samples)
+    scale, shift = (1,) * dims, tuple(-(side // 2) * d for side, d in zip(window, spread, strict=True))
+    if data.draw(st.booleans()):
+        rows, scale, shift = sorted_sites(each(1, most), samples), each(1, 4), each(-9, 4)
+    found = native.neighbours(listed, rows, window, scale=scale, shift=shift, spread=spread)
+    np.testing.assert_array_equal(found, one_by_one(listed, rows, window, scale, shift, spread))
+    back = np.full((len(found), len(listed[1])), len(rows[1]), np.int32)
+    for tap, row in np.argwhere(np.asarray(found) < len(listed[1])):
+        back[tap, found[tap, row]] = row
+    np.testing.assert_array_equal(native.inverse(found, len(listed[1])), back)
 
 
 @needs_compiler
