@@ -1,5 +1,8 @@
 """What travels between devices, and what is counted of a program that is only compiled."""
 
+import dataclasses
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,10 +11,12 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import sparsejax
-from experiments.compile import Target, compile_for, parse_target
+from experiments.compile import CompileError, Target, compile_for, parse_target, run
 from experiments.experiment import UsageError
 from experiments.hlo import traffic
+from experiments.models import byte_pod
 from experiments.sharding import Layout, fill_mesh, make_mesh
+from pallas_kernels import aot
 from sparsejax.analysis.trace_products import count_products
 from sparsejax.parameters import to_sparse
 
@@ -130,6 +135,25 @@ def test_targets_and_meshes_that_do_not_exist_are_refused():
         fill_mesh((-1, -1, 1), 8)
     with pytest.raises(UsageError, match=r"the product must be 8"):
         make_mesh((4, 4, 1))
+
+
+@pytest.mark.aot
+def test_a_step_is_compiled_for_chips_that_are_not_here_and_refused_where_they_are_too_few(tmp_path, capsys):
+    if lacking := aot.missing("v5e"):
+        pytest.skip(lacking)
+    config = byte_pod.Config(width=256, depth=2, heads=2, hidden=512, length=512, tile=128, block=128, density=0.5)
+    file = tmp_path / "figures.json"
+    assert run("byte_pod", config, Target("v5e:2x2", (-1, 2, 1), str(file))) == 0
+    assert "GiB: fits\n" in capsys.readouterr().out
+    found = json.loads(file.read_text())
+    assert (found["chips"], found["mesh"]) == (4, [2, 2, 1])
+    assert found["collectives"]["all-gather"][0] > 0
+    # Four windows: projections and half of two MLP matrices of each layer, and the head; backward costs twice as much.
+    # Beside these there are the products of attention, and layers that are computed again.
+    products = 3 * 2 * 4 * 512 * 256 * (2 * (4 * 256 + 512) + 256)
+    assert products < found["flops"] < 3 * products
+    with pytest.raises(CompileError, match=r"byte_pod does not fit v5e:2x2 with mesh 2 2 1: take more chips"):
+        compile_for("byte_pod", dataclasses.replace(config, rows_per_device=65536), Target("v5e:2x2", (2, 2, 1)))
 
 
 def test_axes_that_do_not_divide_stay_whole():
