@@ -248,7 +248,7 @@ def _forward_body(plan: _Plan, names, dtype, *refs):
 
         carry = _zeros(q.shape), _full_rows(MASKED), _full_rows(0)
         acc, top, total_ = _consume(plan, part, total, jnp.int32(0), step, carry)
-        some = top > MASKED / 2
+        some = (top > MASKED / 2) | (total_ != total_)  # the largest of NaN need not be NaN, the sum is
         safe = jnp.where(some, total_, 1.0)
         o = acc * _rows(jnp.where(some, 1 / safe, 0.0), acc.shape)
         q[...] = o.astype(dtype)

@@ -268,8 +268,9 @@ def _forward_kernel(tile: _Tile, names, *refs):
         acc[...] = out
 
     def finish():
-        # A row whose listed tiles are all masked has summed exp2(0) over masked elements: its top tells.
-        some = top[...] > MASKED / 2
+        # A row whose listed tiles are all masked has summed exp2(0) over masked elements: its top tells. The largest of
+        # NaN need not be NaN, the sum is.
+        some = (top[...] > MASKED / 2) | jnp.isnan(total[...])
         safe = jnp.where(some, total[...], 1.0)
         r["o"][0, 0] = (acc[...] * _widen(jnp.where(some, 1 / safe, 0.0), acc.shape[1])).astype(r["o"].dtype)
         lse = jnp.where(some, (top[...] + jnp.log2(safe)) * (1 / LOG2E), -jnp.inf)

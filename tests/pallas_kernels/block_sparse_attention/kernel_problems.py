@@ -37,6 +37,8 @@ class Problem:
     dropout: float = 0.0
     extras: tuple[str, ...] = ()
     dtype: str = "float32"
+    spoiled: str = ""
+    """Which of "q" and "k" has a NaN."""
 
     def draw(self):
         """(q, k, v, lists, extras, settings, do, dlse)."""
@@ -78,6 +80,10 @@ class Problem:
             (self.batch, self.q_len, self.heads, self.v_dim),
         ]
         q, k, v, do = (jnp.asarray(r.standard_normal(s), self.dtype) for s in shapes)
+        if self.spoiled == "q":
+            q = q.at[:, 3, 0, 1].set(jnp.nan)
+        if self.spoiled == "k":
+            k = k.at[:, 5, -1, 1].set(jnp.nan)
         dlse = jnp.asarray(r.standard_normal((self.batch, self.heads, self.q_len)), jnp.float32)
         extras = {
             "alibi": jnp.asarray(r.random(self.heads) / 16, jnp.float32),
@@ -117,3 +123,15 @@ def assert_close(got, want, tolerance):
         finite = ~np.isneginf(b)
         scale = max(1.0, np.abs(b[finite]).max(initial=0))
         np.testing.assert_allclose(a[finite], b[finite], atol=tolerance * scale, rtol=0)
+
+
+def assert_shows_nan(got, want):
+    """Of (o, lse, gradients): o and lse are NaN where the reference is, and so is the gradient of those queries."""
+    seen = np.isnan(np.asarray(want[1]))
+    assert seen.any()
+    np.testing.assert_array_equal(np.isnan(np.asarray(got[1])), seen)
+    rows = np.broadcast_to(seen.swapaxes(1, 2)[..., None], got[0].shape)
+    np.testing.assert_array_equal(np.isnan(np.asarray(got[0], np.float32)), rows)
+    assert np.isnan(np.asarray(got[2][0], np.float32)[rows]).all()
+    empty = np.isneginf(np.asarray(want[1])).swapaxes(1, 2)
+    assert not np.asarray(got[2][0])[empty].any()

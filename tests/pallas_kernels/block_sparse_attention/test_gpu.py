@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_problems import Problem, assert_close, expected
+from kernel_problems import Problem, assert_close, assert_shows_nan, expected
 
 from pallas_kernels import compat
 from pallas_kernels.block_sparse_attention import gpu, programs
@@ -20,19 +20,36 @@ PROBLEMS = {
 }
 
 
-@pytest.mark.skipif(compat.gpu_interpreter() is None, reason="this JAX has no interpreter for Mosaic GPU (0.12 has)")
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_equals_the_reference_without_races(name):
-    problem = PROBLEMS[name]
+needs_interpreter = pytest.mark.skipif(
+    compat.gpu_interpreter() is None, reason="this JAX has no interpreter for Mosaic GPU (0.12 has)"
+)
+
+
+def computed(problem):
+    """Output, lse and gradients of the kernels."""
     q, k, v, lists, extras, settings, do, dlse = problem.draw()
     assert gpu.supports(q, k, v, lists, extras, settings) is None
     interpret = compat.gpu_interpreter()
     o, lse = gpu.forward(q, k, v, lists, extras, settings, interpret=interpret)
-    dlse = jnp.where(lse > -jnp.inf, dlse, 0)
+    dlse = jnp.where(lse != -jnp.inf, dlse, 0)
     *grads, _ = gpu.backward(q, k, v, lists, extras, settings, o, lse, do, dlse, interpret=interpret)
-    want_o, want_lse, want_grads = expected(problem)
+    return o, lse, grads
+
+
+@needs_interpreter
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_equals_the_reference_without_races(name):
+    o, lse, grads = computed(PROBLEMS[name])
+    want_o, want_lse, want_grads = expected(PROBLEMS[name])
     assert_close((lse,), (want_lse,), 3e-6)
     assert_close((o, *grads), (want_o, *want_grads[:3]), 1e-2)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("spoiled", ["q", "k"])
+def test_shows_what_is_not_a_number(spoiled):
+    problem = Problem(heads=1, kv_heads=1, spoiled=spoiled, dtype="bfloat16")
+    assert_shows_nan(computed(problem), expected(problem))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from kernel_problems import Problem, assert_close, expected
+from kernel_problems import Problem, assert_close, assert_shows_nan, expected
 
 from pallas_kernels import compat
 from pallas_kernels.block_sparse_attention import programs, tpu
@@ -35,7 +35,7 @@ def computed(problem, interpret, fused=False):
     @jax.jit
     def run(q, k, v, lists, extras, do, dlse):
         o, lse = tpu.forward(q, k, v, lists, extras, settings, interpret=interpret)
-        dlse = jnp.where(lse > -jnp.inf, dlse, 0)
+        dlse = jnp.where(lse != -jnp.inf, dlse, 0)
         *grads, rest = tpu.backward(
             q, k, v, lists, extras, settings, o, lse, do, dlse, interpret=interpret, fused=fused
         )
@@ -62,6 +62,14 @@ def test_equals_the_reference(name):
 )
 def test_fused_backward_equals_the_reference(problem):
     assert_close(computed(problem, True, fused=True), expected(problem), 2e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["separate", "fused"])
+@pytest.mark.parametrize(
+    "problem", [Problem(spoiled="q", kv_heads=1), Problem(spoiled="k", rule="none")], ids=["query", "key"]
+)
+def test_shows_what_is_not_a_number(problem, fused):
+    assert_shows_nan(computed(problem, True, fused), expected(problem))
 
 
 def test_fuses_while_dq_fits_into_vector_memory():
