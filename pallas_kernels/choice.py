@@ -11,6 +11,7 @@ import jax
 
 IMPLEMENTATIONS = ("reference", "xla", "native", "tpu", "gpu")
 _PREFERENCE = {"cpu": ("native", "xla"), "tpu": ("tpu", "xla"), "gpu": ("gpu", "xla")}
+_HOME = {"native": "cpu", "tpu": "tpu", "gpu": "gpu"}
 _log = logging.getLogger(__name__)
 
 
@@ -74,8 +75,13 @@ def choose(kernel: str, implementation: str | None, platform: str, *call: Any) -
     """
     names = (implementation,) if implementation else _PREFERENCE.get(platform, ("xla",))
     refused: dict[str, str] = {}
+    arrays = [x for x in call if isinstance(x, jax.Array)]
+    # What is traced may be compiled for another machine than this one.
+    runs_now = bool(arrays) and not any(isinstance(x, jax.core.Tracer) for x in arrays)
     for name in names:
         reason = path(kernel, name).supports(*call)
+        if reason is None and runs_now and _HOME.get(name, platform) != platform:
+            reason = f"it runs on {_HOME[name]}, and the arrays are on {platform}"
         if reason is None:
             return Choice(kernel, name, platform, refused)
         refused[name] = reason

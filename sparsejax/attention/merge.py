@@ -39,13 +39,13 @@ def merge_states(states: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Arr
             )
     dtype = states[0][0].dtype
     logs = jnp.stack([lse for _, lse in states])
-    seen = logs > -jnp.inf
+    seen = logs != -jnp.inf
     top = jax.lax.stop_gradient(jnp.max(logs, axis=0))
-    top = jnp.where(top > -jnp.inf, top, 0)
+    top = jnp.where(top != -jnp.inf, top, 0)
     # Both branches of every `where` are finite, so that gradients are, too.
     weights = jnp.where(seen, jnp.exp(jnp.where(seen, logs, top) - top), 0)
     total = jnp.sum(weights, axis=0)
-    any_seen = total > 0
+    any_seen = total != 0
     safe = jnp.where(any_seen, total, 1)
     shares = jnp.swapaxes(weights / safe, 2, 3)[..., None]
     outputs = jnp.stack([o for o, _ in states]).astype(jnp.promote_types(logs.dtype, dtype))

@@ -152,6 +152,8 @@ def numbers(*numbers):
             arrays[name] = jnp_or_np(number)
             parts.append(Vector(name))
         else:
+            if not isinstance(number, int | np.integer | None):
+                raise ValueError(f"a bound must be an int or an integer scalar, not {number!r}")
             parts.append(None if number is None else int(number))
     return parts, arrays, ", ".join(map(_text, numbers))
 
@@ -161,7 +163,9 @@ def _text(number) -> str:
 
 
 def positive(name: str, number: int) -> int:
-    """The number; raises `ValueError` where it is below 1."""
+    """The number; raises `ValueError` where it is no int, or below 1."""
+    if not isinstance(number, int | np.integer):
+        raise ValueError(f"{name} must be an int, not {number!r}")
     if number < 1:
         raise ValueError(f"{name} must be at least 1, not {number}")
     return number

@@ -132,6 +132,15 @@ def test_merging_nothing_seen_is_zero_with_zero_gradients():
         merge_states([])
 
 
+def test_merging_shows_what_is_not_a_number():
+    o, lse = jnp.ones((1, 2, 1, 3)), jnp.zeros((1, 1, 2))
+    out, total = merge_states([(o, lse), (o.at[0, 0].set(jnp.nan), lse.at[..., 0].set(jnp.nan))])
+    for part in (out[0, 0], total[0, 0, 0]):
+        assert np.isnan(part).all()
+    for part in (out[0, 1], total[0, 0, 1]):
+        assert np.isfinite(part).all()
+
+
 def test_tokens_come_back_to_where_they_stood():
     kept = jnp.array([[True, False, True, True, False], [False] * 5])
     tokens = tokens_where(kept, 2)

@@ -135,6 +135,8 @@ def test_users_function():
         (lambda: Causal() & np.ones((2, 2), bool), "use Bits"),
         (lambda: Local(jnp.zeros(3, int)), "per_head"),
         (lambda: Chunk(0), "size must be at least 1, not 0"),
+        (lambda: Chunk(2.5), "size must be an int, not 2.5"),
+        (lambda: Local(2.5), "a bound must be an int or an integer scalar, not 2.5"),
         (lambda: Segment(np.zeros(3)), "q_ids must be int"),
         (lambda: Bits(np.zeros((2, 2))), "matrix must be bool"),
         (lambda: Tokens(), "use Full"),

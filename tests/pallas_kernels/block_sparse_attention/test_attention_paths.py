@@ -213,6 +213,15 @@ def test_second_derivatives_on_the_reference():
     assert np.isfinite(jax.grad(lambda q: (once(q) ** 2).sum())(q)).all()
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="for arrays on the CPU")
+def test_a_named_path_of_another_machine_refuses():
+    lists, q, k, v = simple(q_len=128, kv_len=128, b=128)
+    with pytest.raises(ValueError, match="tpu refused: it runs on tpu, and the arrays are on cpu"):
+        block_sparse_attention(q, k, v, lists, implementation="tpu")
+    # A program that is traced here may be compiled for one.
+    jax.eval_shape(lambda q: block_sparse_attention(q, k, v, lists, implementation="tpu"), q)
+
+
 def test_explain_names_the_choice_and_the_reasons():
     lists, q, k, v = simple()
     assert explain(q, k, v, lists, implementation="reference").name == "reference"
