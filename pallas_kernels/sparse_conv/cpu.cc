@@ -187,14 +187,17 @@ ffi::Error Forward(ffi::ThreadPool pool, int64_t groups, ffi::Buffer<kType> x, f
   ParallelFor(pool, (rows + block - 1) / block, [&](int64_t b) {
     const int64_t begin = b * block, end = std::min(rows, begin + block);
     T* out = y->typed_data();
-    std::memset(out + begin * s.outputs, 0, (end - begin) * s.outputs * sizeof(T));
+    auto clear = [&](int64_t from, int64_t to) { std::memset(out + from * s.outputs, 0, (to - from) * s.outputs * sizeof(T)); };
     Pairs pairs;
     int32_t found[kBlock] = {};
     for (int64_t tap = 0; tap < s.taps && !s.Depthwise(); tap++) {
       const int32_t* row = table.typed_data() + tap * rows + begin;
       for (int64_t i = 0; i < end - begin; i++) found[i] += static_cast<uint32_t>(row[i]) < static_cast<uint32_t>(xd[0]);
     }
-    if (s.Depthwise()) pairs.Add(begin, end);
+    if (s.Depthwise()) {
+      clear(begin, end);
+      pairs.Add(begin, end);
+    }
     for (int64_t first = 0; first < end - begin && !s.Depthwise(); first += kRows) {
       // Where nearly all neighbours are there, a tile is computed as a whole. Empty rows do not count, so that a larger
       // capacity changes nothing.
@@ -204,11 +207,11 @@ ffi::Error Forward(ffi::ThreadPool pool, int64_t groups, ffi::Buffer<kType> x, f
         present += found[i];
         filled += found[i] > 0;
       }
-      if (present * 8 < 7 * s.taps * filled) {
-        pairs.Add(begin + first, begin + first + n);
+      if (!filled || present * 8 < 7 * s.taps * filled) {
+        clear(begin + first, begin + first + n);
+        if (filled) pairs.Add(begin + first, begin + first + n);
         continue;
       }
-      if (!filled) continue;
       for (int64_t panel = 0; panel < s.All(); panel++) {
         const int64_t columns = s.Columns(panel);
         auto* kernel = columns > kLanes<T> ? Kernels<T, 2>::Get().whole[n - 1] : Kernels<T, 1>::Get().whole[n - 1];

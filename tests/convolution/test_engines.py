@@ -20,6 +20,7 @@ CASES = {
     "2-D, depthwise": {"dims": 2, "kernel": 3, "inputs": 4, "outputs": 4, "groups": 4, "tile": 2},
     "2-D, two groups": {"dims": 2, "kernel": 3, "inputs": 4, "outputs": 6, "groups": 2, "stride": 2},
     "3-D": {"dims": 3, "kernel": 3, "tile": 2},
+    "4-D": {"dims": 4, "kernel": 3, "tile": 2, "grid": 2},
 }
 
 

@@ -159,6 +159,7 @@ def test_tiny_studies_leave_tables_and_pictures(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_pretraining_beats_random_weights(tmp_path):
     tables = spark_digits.run(spark_digits.Config(output=str(tmp_path)), progress=False)
     rows = tables["accuracy"]
@@ -174,6 +175,7 @@ def test_pretraining_beats_random_weights(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_wafers_at_full_resolution_are_recognised(tmp_path):
     config = wafers.Config(timed_sizes=(), output=str(tmp_path))
     full, *binned = wafers.run(config, progress=False)["recognition"]
