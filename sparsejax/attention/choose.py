@@ -10,7 +10,7 @@ from sparsejax.attention.block_mask import BlockMask, from_kinds, from_order
 from sparsejax.attention.budgets import Budget, Forced
 from sparsejax.attention.compile import kernel_rule, rule_payload, tile_bounds, tile_kinds
 from sparsejax.attention.mask import Mask, is_traced
-from sparsejax.attention.patterns import Causal, Full
+from sparsejax.attention.patterns import Causal, Full, positive
 from sparsejax.attention.tile_bits import add_bits
 
 _NOTHING = Forced()
@@ -130,6 +130,8 @@ def from_dense_blocks(
             f"blocks must be bool [batch, heads, {nq}, {nk}] for {q_len} queries in blocks of {bq} and {kv_len} keys "
             f"in blocks of {bk}, not {blocks.dtype}{list(np.shape(blocks))}"
         )
+    if max_blocks is not None:
+        positive("max_blocks", max_blocks)
     blocks = blocks.reshape((1,) * (4 - blocks.ndim) + blocks.shape)
     base = Full() if base is None else base
     values = base.values(q_len, kv_len, q_positions, kv_positions)
@@ -172,7 +174,7 @@ def from_lists(
         The mask; never a grid of all tiles.
 
     Raises:
-        ValueError: the shapes do not fit, or lists that are no JAX arrays name a block that is not there.
+        ValueError: the shapes do not fit, or lists that are no JAX arrays name a block that is not there, or one twice.
 
     Example:
         >>> mask = from_lists([[[[1, 0], [1, -1]]]], [[[2, 1]]], Causal(), q_len=4, kv_len=4, bq=2, bk=2)
@@ -194,6 +196,11 @@ def from_lists(
     kept = np.arange(idx.shape[-1]) < count[..., None]
     if on_host and (wrong := idx[kept & ((idx < 0) | (idx >= nk))]).size:
         raise ValueError(f"idx lists the block {wrong[0]}; {kv_len} keys in blocks of {bk} are blocks 0 to {nk - 1}")
+    if on_host:
+        ranked = np.sort(np.where(kept, idx, -1), axis=-1)
+        twice = (ranked[..., 1:] == ranked[..., :-1]) & (ranked[..., 1:] >= 0)
+        if twice.any():
+            raise ValueError(f"idx lists the block {ranked[..., 1:][twice][0]} twice in a row")
     idx = jnp.clip(idx, 0, nk - 1)
     kind = tile_kinds(base.rule, values, **sides, columns=idx)
     shape = jnp.broadcast_shapes(kind.shape, idx.shape)
@@ -218,6 +225,9 @@ def from_pages(pages, count, lengths, *, page_size: int, kv_len: int, q_len: int
     Returns:
         The mask, with one block of `q_len` queries and blocks of `page_size` keys.
 
+    Raises:
+        ValueError: as `from_lists`.
+
     Example:
         >>> mask = from_pages([[[2, 0]]], [[2]], [9], page_size=4, kv_len=16)
         >>> mask.to_dense()[0, 0, 0].astype(int)
@@ -225,9 +235,9 @@ def from_pages(pages, count, lengths, *, page_size: int, kv_len: int, q_len: int
     """
     lengths = jnp.asarray(lengths, jnp.int32)
     positions = lengths[:, None] - q_len + jnp.arange(q_len, dtype=jnp.int32)
-    pages, count = jnp.asarray(pages)[:, :, None], jnp.asarray(count)[:, :, None]
+    pages, count = (x if isinstance(x, jax.Array) else np.asarray(x) for x in (pages, count))
     sides = {"q_len": q_len, "kv_len": kv_len, "bq": q_len, "bk": page_size}
-    return from_lists(pages, count, Causal(), **sides, q_positions=positions)
+    return from_lists(pages[:, :, None], count[:, :, None], Causal(), **sides, q_positions=positions)
 
 
 def _listed(ids, kind, wanted, base, values, sides, q_positions, kv_positions, source) -> BlockMask:

@@ -12,6 +12,7 @@ from sparsejax.attention.block_mask import BlockMask, from_kinds
 from sparsejax.attention.expressions import KEY, QUERY
 from sparsejax.attention.intervals import TileGrid, find_tiles, without
 from sparsejax.attention.mask import Mask, is_traced, jnp_or_np
+from sparsejax.attention.patterns import positive
 from sparsejax.attention.rules import Both, Table, names_in
 from sparsejax.attention.tile_bits import Elements, add_bits, host_bits, pick, reads_tables, refine_tiles
 
@@ -62,10 +63,9 @@ def compile_mask(
         ([[0, 0, 0], [0, 1, 1], [0, 1, 2], [0, 2, 3]], [1, 2, 3, 3])
     """
     for name, number in (("q_len", q_len), ("kv_len", kv_len), ("bq", bq), ("bk", bk)):
-        if not isinstance(number, (int, np.integer)):
-            raise ValueError(f"{name} must be an int, not {number}")
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1, not {number}")
+        positive(name, number)
+    if max_blocks is not None:
+        positive("max_blocks", max_blocks)
     values = mask.values(q_len, kv_len, q_positions, kv_positions)
     sides = {"bq": bq, "bk": bk, "q_len": q_len, "kv_len": kv_len}
     in_order = q_positions is None and kv_positions is None

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from sparsejax.attention.mask import is_traced
+
 # By share of visited tiles, if a sign stands for several.
 _SHADES = "·░▒▓█"
 
@@ -75,6 +77,8 @@ def _kinds(mask, batch: int, head: int) -> np.ndarray:
     for name, at, there in (("batch", batch, shape[0]), ("head", head, shape[1])):
         if not 0 <= at < max(there, 1) and there > 1:
             raise ValueError(f"{name}={at}; this mask has {there}")
+    if is_traced(mask.lists):
+        raise ValueError(f"{mask.text} is traced: only lists that are known can be drawn")
     lists, b, h = mask.lists, batch % shape[0], head % shape[1]
     kinds = np.zeros((lists.nq, lists.nk), np.int8)
     slot = np.arange(shape[-1])

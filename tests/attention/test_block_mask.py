@@ -70,3 +70,5 @@ def test_drawings():
     assert figure.axes[0].get_title() == "Causal() & Local(5): density 0.48"
     with pytest.raises(ValueError, match="batch=2; this mask has 2"):
         compile_mask(Segment(np.zeros((2, 4), int)), 4, 4).show(batch=2)
+    with pytest.raises(ValueError, match="is traced: only lists that are known can be drawn"):
+        jax.eval_shape(lambda ids: compile_mask(Segment(ids), 4, 4).show(), np.zeros(4, int))

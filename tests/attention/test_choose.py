@@ -197,6 +197,12 @@ def test_errors_say_what_is_wrong():
         Ratio(0.0)
     with pytest.raises(ValueError, match="idx lists the block 6; 22 keys in blocks of 4 are blocks 0 to 5"):
         from_lists(np.full((1, 1, 4, 2), 6), np.ones((1, 1, 4), int), **SIZES)
+    with pytest.raises(ValueError, match="idx lists the block 5 twice in a row"):
+        from_lists(np.full((1, 1, 4, 2), 5), np.full((1, 1, 4), 2), **SIZES)
+    with pytest.raises(ValueError, match="idx lists the block 4; 16 keys in blocks of 4 are blocks 0 to 3"):
+        from_pages([[[0, 4]]], [[2]], [9], page_size=4, kv_len=16)
+    with pytest.raises(ValueError, match="max_blocks must be at least 1, not 0"):
+        from_dense_blocks(np.ones((4, 6), bool), max_blocks=0, **SIZES)
     for make, message in (
         (lambda: TopK(-1), "k must be an int of at least 0, not -1"),
         (lambda: TopK(1.5), "k must be an int of at least 0, not 1.5"),

@@ -155,6 +155,7 @@ def test_packed_documents():
     [
         (lambda: compile_mask(Causal(), 0, 4), "q_len must be at least 1, not 0"),
         (lambda: compile_mask(Causal(), 4, 4, bk=0), "bk must be at least 1, not 0"),
+        (lambda: compile_mask(Causal(), 4, 4, max_blocks=0), "max_blocks must be at least 1, not 0"),
         (lambda: compile_mask(Causal(), 4, 4, q_positions=np.arange(3)), "4 queries"),
         (
             lambda: jax.jit(lambda i: compile_mask(Segment(i), 4, 4, refine=True).wanted)(jnp.zeros(4, int)),
