@@ -35,6 +35,17 @@ def explicit_spec(x: Any) -> tuple:
     return spec + (None,) * (x.ndim - len(spec))
 
 
+def whole(tree: Any) -> Any:
+    """Explicitly sharded arrays of a tree whole on every device; all else as it is."""
+
+    def gather(x):
+        if not isinstance(x, jax.Array) or not any(explicit_spec(x)):
+            return x
+        return jax.reshard(x, jax.NamedSharding(jax.typeof(x).sharding.mesh, jax.P()))
+
+    return jax.tree.map(gather, tree)
+
+
 def axis_names(entry: Any) -> tuple[str, ...]:
     """The mesh axes of one entry of a PartitionSpec."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)

@@ -6,6 +6,7 @@ import jax
 
 from pallas_kernels.block_sparse_attention import Choice, block_sparse_attention, explain
 from pallas_kernels.block_sparse_attention.options import Aux
+from pallas_kernels.mapping import whole
 from sparsejax.attention.block_mask import BlockMask
 from sparsejax.attention.compile import compile_mask
 from sparsejax.attention.mask import Mask
@@ -141,6 +142,7 @@ def _lists(q, k, mask, q_positions, kv_positions, bq, bk, page_table):
     blocks = {"bq": 128 if bq is None else bq, "bk": 128 if bk is None else bk}
     if q_positions is None and kv_positions is None and not mask.arrays:
         return _compiled(mask.rule, mask.text, q_len, kv_len, **blocks).lists
+    mask, q_positions, kv_positions = whole((mask, q_positions, kv_positions))  # their arrays are small
     return compile_mask(
         mask, q_len, kv_len, **blocks, q_positions=q_positions, kv_positions=kv_positions, transpose=False
     ).lists

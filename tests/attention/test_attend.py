@@ -223,3 +223,22 @@ def test_gates_train_through_block_bias():
     at = (0, 1, 3, 1)
     bumps = [float(loss(jnp.zeros(mask.lists.idx.shape).at[at].set(s))) for s in (step, -step)]
     np.testing.assert_allclose(gradient[at], (bumps[0] - bumps[1]) / (2 * step), rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("spec", [(), ("data",)], ids=["whole", "split"])
+def test_masks_with_arrays_on_an_explicit_mesh(spec):
+    """Segments of each sequence, which lie whole or split over the batch."""
+    r = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(r.normal(size=(4, 32, 4, 8)), jnp.float32) for _ in range(3))
+    segments = jnp.asarray(np.sort(r.integers(0, 3, (4, 32)), axis=1))
+
+    @jax.jit
+    def attend(q, k, v, segments):
+        return sparse_attention(q, k, v, Causal() & Segment(segments), bq=8, bk=8, implementation="xla")
+
+    want, mesh = attend(q, k, v, segments), jax.make_mesh((2, 4), ("data", "tensor"))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put((q, k, v), jax.NamedSharding(mesh, jax.P("data", None, "tensor")))
+        got = attend(*placed, jax.device_put(segments, jax.NamedSharding(mesh, jax.P(*spec))))
+    assert got.sharding.spec[:3] == ("data", None, "tensor")
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
