@@ -30,6 +30,8 @@ def draw_text(mask, *, batch: int = 0, head: int = 0, size: int = 64) -> str:
         ▒█▒·
         ·▒█▒
     """
+    if size < 1:
+        raise ValueError(f"size={size}; a drawing needs 1 sign in a row at least")
     kinds = _kinds(mask, batch, head)
     share = (kinds > 0).mean()
     step = -(-max(kinds.shape) // size)
@@ -75,11 +77,12 @@ def draw_picture(mask, *, batch: int = 0, head: int = 0, ax=None):
 def _kinds(mask, batch: int, head: int) -> np.ndarray:
     shape = mask.lists.idx.shape
     for name, at, there in (("batch", batch, shape[0]), ("head", head, shape[1])):
-        if not 0 <= at < max(there, 1) and there > 1:
-            raise ValueError(f"{name}={at}; this mask has {there}")
+        # One for all stands for any number of them.
+        if at < 0 or 1 < there <= at:
+            raise ValueError(f"{name}={at}; this mask has {there}, counted from 0")
     if is_traced(mask.lists):
         raise ValueError(f"{mask.text} is traced: only lists that are known can be drawn")
-    lists, b, h = mask.lists, batch % shape[0], head % shape[1]
+    lists, b, h = mask.lists, batch if shape[0] > 1 else 0, head if shape[1] > 1 else 0
     kinds = np.zeros((lists.nq, lists.nk), np.int8)
     slot = np.arange(shape[-1])
     idx, part, total = (np.asarray(a)[b, h] for a in (lists.idx, lists.n_part, lists.n_tot))

@@ -5,9 +5,10 @@ import dataclasses
 import jax.numpy as jnp
 
 from sparsejax.attention.attend import sparse_attention
-from sparsejax.attention.data_patterns import Bits
+from sparsejax.attention.expressions import Vector
 from sparsejax.attention.mask import Mask
 from sparsejax.attention.patterns import Causal, Full
+from sparsejax.attention.rules import Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ class AttentionFn:
         query, key, value = (x.astype(dtype).reshape(-1, *x.shape[-3:]) for x in (query, key, value))
         allowed = self.pattern & Causal() if is_causal else self.pattern
         if mask is not None:
-            allowed = allowed & Bits(four_axes(mask, lead, q_len, kv_len).astype(bool))
+            allowed = allowed & by_index(mask, lead, q_len, kv_len)
         out = sparse_attention(
             query,
             key,
@@ -95,9 +96,33 @@ def attention_fn(
     return AttentionFn(Full() if pattern is None else pattern, bq, bk, implementation)
 
 
+def by_index(mask, lead, q_len: int, kv_len: int) -> Mask:
+    """Query i sees key j where `mask[..., i, j]` is True, whatever their positions are.
+
+    Args:
+        mask: bool [batch..., heads, Sq, Sk], axes of 1 or left out.
+        lead: the batch axes of queries.
+        q_len: number of queries.
+        kv_len: number of keys.
+
+    Returns:
+        The mask, of a bit for each pair.
+    """
+    arrays = {"table_0": four_axes(mask, lead, q_len, kv_len).astype(bool)}
+    arrays |= {"q_0": jnp.arange(q_len, dtype=jnp.int32), "kv_0": jnp.arange(kv_len, dtype=jnp.int32)}
+    return Mask(Table("table_0", Vector("q_0"), Vector("kv_0"), 1, 1), arrays, "mask")
+
+
 def four_axes(x, lead, q_len: int, kv_len: int):
     """[batch..., heads, Sq, Sk], axes of 1 or left out, as four axes of which the last two are whole."""
-    x = x.reshape((1,) * (len(lead) + 3 - x.ndim) + x.shape)
+    full = (*lead, "heads", q_len, kv_len)
+    if x.ndim > len(full) or any(
+        n not in (1, m) for n, m in zip(x.shape[::-1], full[::-1], strict=False) if m != "heads"
+    ):
+        raise ValueError(
+            f"a mask or bias has shape {x.shape}; it must be [{', '.join(map(str, full))}], or 1 in places"
+        )
+    x = x.reshape((1,) * (len(full) - x.ndim) + x.shape)
     x = jnp.broadcast_to(
         x, (*(x.shape[:-3] if max(x.shape[:-3], default=1) == 1 else lead), x.shape[-3], q_len, kv_len)
     )

@@ -8,11 +8,10 @@ from flax import nnx
 
 from sparsejax.attention.attend import sparse_attention
 from sparsejax.attention.block_mask import BlockMask
-from sparsejax.attention.data_patterns import Bits
 from sparsejax.attention.mask import Mask
 from sparsejax.attention.patterns import Causal
 from sparsejax.attention.selectors import Context
-from sparsejax.nn.attention_fn import four_axes
+from sparsejax.nn.attention_fn import by_index
 
 
 class SparseAttention(nnx.MultiHeadAttention):
@@ -91,10 +90,11 @@ class SparseAttention(nnx.MultiHeadAttention):
         """Attends.
 
         Args:
-            inputs_q: [B, Sq, features].
-            inputs_k: [B, Sk, features]; None: `inputs_q`.
-            inputs_v: [B, Sk, features]; None: `inputs_k`.
-            mask: further restriction: a `Mask`, or bool [B or 1, H or 1, Sq, Sk] (a bit for each pair is then stored).
+            inputs_q: [..., Sq, features]; in decoding with one leading axis, B.
+            inputs_k: [..., Sk, features]; None: `inputs_q`.
+            inputs_v: [..., Sk, features]; None: `inputs_k`.
+            mask: further restriction: a `Mask`, or bool [... or 1, H or 1, Sq, Sk] by index (a bit for each pair is
+                then stored). In decoding Sk is the length of the cache.
             deterministic: no dropout; as in `nnx.MultiHeadAttention`.
             rngs: for dropout; likewise.
             sow_weights: not supported: weights are never formed.
@@ -102,14 +102,14 @@ class SparseAttention(nnx.MultiHeadAttention):
                 chunk of it). Past the end of the cache nothing is defined, as in `nnx.MultiHeadAttention`. A selector
                 chooses for all tokens of a call together; to fill the cache densely, call a copy of the module that
                 has none, and copy its `nnx.Cache` variables.
-            is_causal: restrict to `Causal()`.
-            q_positions: int [Sq] or [B, Sq], for the pattern; None counts from 0 (in decoding: from the cache).
+            is_causal: restrict to `Causal()`; decoding always does.
+            q_positions: int [Sq] or [B, Sq], for the pattern; None counts from 0. In decoding the cache gives both.
             kv_positions: int [Sk] or [B, Sk]; None counts from 0.
             out_sharding: for the output projection.
             qkv_sharding: for the input projections.
 
         Returns:
-            [B, Sq, out_features].
+            [..., Sq, out_features].
 
         Raises:
             ValueError: what is asked for is not supported, or something does not fit.
@@ -126,30 +126,29 @@ class SparseAttention(nnx.MultiHeadAttention):
             ("inputs_q", inputs_q, self.in_features),
             ("inputs_k", inputs_k, self.in_kv_features),
         ):
-            if inputs.ndim != 3 or inputs.shape[-1] != features:
+            if inputs.ndim < 2 or inputs.shape[-1] != features:
                 raise ValueError(f"{name} has shape {inputs.shape}; it must be [batch, length, {features}]")
+        lead = inputs_q.shape[:-2]
         query = self.query(inputs_q, out_sharding=qkv_sharding)
         key = self.key(inputs_k, out_sharding=qkv_sharding)
         value = self.value(inputs_v, out_sharding=qkv_sharding)
         if self.normalize_qk:
             query, key = self.query_ln(query), self.key_ln(key)
 
-        restriction = Causal() if is_causal else None
-        if mask is not None:
-            if not isinstance(mask, Mask) and (q_positions is not None or kv_positions is not None):
-                raise ValueError("a bool mask is by index: with positions, give an expression such as Tokens(kv=...)")
-            sizes = inputs_q.shape[:1], inputs_q.shape[1], inputs_k.shape[1]
-            given = mask if isinstance(mask, Mask) else Bits(four_axes(mask, *sizes).astype(bool))
-            restriction = given if restriction is None else restriction & given
         context = Context(q_positions=q_positions, kv_positions=kv_positions)
         if self.decode if decode is None else decode:
-            if restriction is not None or q_positions is not None or kv_positions is not None:
-                raise ValueError("in decoding, mask, is_causal and positions are given by the cache: leave them out")
+            if q_positions is not None or kv_positions is not None:
+                raise ValueError("in decoding, positions are given by the cache: leave them out")
             key, value, context = self._append(key, value)
-            restriction = Causal()
+            is_causal = True
+        restriction = Causal() if is_causal else None
+        if mask is not None:
+            given = mask if isinstance(mask, Mask) else by_index(mask, lead, query.shape[-3], key.shape[-3])
+            restriction = given if restriction is None else restriction & given
         dropout = self._dropout(deterministic, rngs)
+        query, key, value = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
         x = self._attend(query, key, value, restriction, context, dropout)
-        return self.out(x, out_sharding=out_sharding)
+        return self.out(x.reshape(*lead, *x.shape[1:]), out_sharding=out_sharding)
 
     def init_cache(self, input_shape, dtype=jnp.float32):
         """Makes the cache for decoding: as in `nnx.MultiHeadAttention`, and the selector's state, if it has one.
@@ -168,6 +167,8 @@ class SparseAttention(nnx.MultiHeadAttention):
         """Puts the next tokens into the cache: all keys and values, and what masks and selectors may know."""
         if self.cached_key is None or self.cached_value is None or self.cache_index is None:
             raise ValueError("the cache for decoding is not there: call init_cache first")
+        if self.cached_key.ndim != 4 or key.ndim != 4:
+            raise ValueError(f"in decoding, inputs are [batch, length, features]; the cache is {self.cached_key.shape}")
         batch, room = self.cached_key[...].shape[:2]
         if key.shape[0] != batch or key.shape[1] > room:
             raise ValueError(f"the cache holds {batch} examples of {room} tokens: {key.shape[:2]} do not fit into it")

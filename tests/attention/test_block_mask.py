@@ -70,5 +70,8 @@ def test_drawings():
     assert figure.axes[0].get_title() == "Causal() & Local(5): density 0.48"
     with pytest.raises(ValueError, match="batch=2; this mask has 2"):
         compile_mask(Segment(np.zeros((2, 4), int)), 4, 4).show(batch=2)
+    for arguments, message in (({"head": -1}, "head=-1; this mask has 1"), ({"size": 0}, "size=0; a drawing needs 1")):
+        with pytest.raises(ValueError, match=message):
+            mask.show(**arguments)
     with pytest.raises(ValueError, match="is traced: only lists that are known can be drawn"):
         jax.eval_shape(lambda ids: compile_mask(Segment(ids), 4, 4).show(), np.zeros(4, int))

@@ -17,6 +17,7 @@ from sparsejax.attention import (
     ScoreSelector,
     SeerGate,
     Segment,
+    Tokens,
     TopK,
     compile_mask,
     pooled_scores,
@@ -107,6 +108,46 @@ def test_decoding_gives_what_the_whole_sequence_gives(selector):
         ours(X[:, :9])
 
 
+@pytest.mark.parametrize("heads", [1, 4])
+def test_decoding_takes_masks_over_the_cache(heads):
+    """Which hide the padding of a batch of prompts, for one."""
+    theirs = plain(decode=True)
+    ours = SparseAttention(**{**OPTIONS, "decode": True}, **BLOCKS, pattern=Local(5), rngs=nnx.Rngs(0))
+    for layer in (theirs, ours):
+        layer.init_cache((2, 8, 16))
+    seen = jax.random.bernoulli(jax.random.key(1), 0.7, (2, heads, 8, 8)) | jnp.eye(8, dtype=bool)
+    window = Local(5).to_dense(8, 8)
+    want = [theirs(X[:, i : i + 1], mask=(seen & window)[:, :, i : i + 1]) for i in range(6)]
+    got = [ours(X[:, :4], mask=seen[:, :, :4]), ours(X[:, 4:5], mask=seen[:, :, 4:5])]
+    got.append(ours(X[:, 5:6], mask=Tokens(kv=seen[:, 0, 5])) if heads == 1 else ours(X[:, 5:6], mask=seen[:, :, 5:6]))
+    np.testing.assert_allclose(jnp.concatenate(got, 1), jnp.concatenate(want, 1), atol=3e-5, rtol=3e-5)
+    with pytest.raises(ValueError, match=r"shape \(2, 1, 1, 3\); it must be \[2, heads, 1, 8\]"):
+        ours(X[:, 6:7], mask=jnp.ones((2, 1, 1, 3), bool))
+    with pytest.raises(ValueError, match="positions are given by the cache"):
+        ours(X[:, 6:7], q_positions=jnp.arange(1))
+
+
+def test_a_bool_mask_is_by_index_whatever_positions_are():
+    places = jnp.arange(24) * 3
+    seen = jax.random.bernoulli(jax.random.key(1), 0.7, (2, 1, 24, 24)) | jnp.eye(24, dtype=bool)
+    ours = SparseAttention(**OPTIONS, **BLOCKS, pattern=Local(15), rngs=nnx.Rngs(0))
+    near = Local(5).to_dense(24, 24)
+    got = ours(X, mask=seen, q_positions=places, kv_positions=places)
+    np.testing.assert_allclose(got, plain()(X, mask=seen & near), atol=3e-5, rtol=3e-5)
+
+
+@pytest.mark.parametrize("lead", [(), (1, 2), (2, 1, 1)])
+def test_any_leading_axes(lead):
+    x = X[0] if lead == () else X.reshape(*lead, *X.shape[1:])
+    seen = jax.random.bernoulli(jax.random.key(1), 0.7, (*lead, 4, 24, 24)) | jnp.eye(24, dtype=bool)
+    ours = SparseAttention(**OPTIONS, **BLOCKS, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(ours(x, mask=seen), plain()(x, mask=seen), atol=3e-5, rtol=3e-5)
+    decoding = SparseAttention(**{**OPTIONS, "decode": True}, rngs=nnx.Rngs(0))
+    decoding.init_cache(X.shape[1:])
+    with pytest.raises(ValueError, match=r"in decoding, inputs are \[batch, length, features\]"):
+        decoding(X[0, :1])
+
+
 def test_caches_and_parameters_can_be_copied_both_ways():
     theirs = plain(decode=True)
     theirs.init_cache((2, 8, 16))
@@ -151,8 +192,8 @@ def test_errors_say_what_is_wrong():
     layer = SparseAttention(**OPTIONS, **BLOCKS, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="never formed here"):
         layer(X, sow_weights=True)
-    with pytest.raises(ValueError, match=r"inputs_q has shape \(24, 16\)"):
-        layer(X[0])
+    with pytest.raises(ValueError, match=r"inputs_q has shape \(16,\)"):
+        layer(X[0, 0])
     with pytest.raises(ValueError, match="give attention_fn to"):
         SparseAttention(**OPTIONS, attention_fn=None, rngs=nnx.Rngs(0))
     compiled = compile_mask(Causal(), 24, 24, bq=8, bk=8)
