@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("fwd", "bwd", "rows_in", "rows_out"), meta_fields=())
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("fwd", "bwd", "rows_in", "rows_out"), meta_fields=("window",)
+)
 @dataclasses.dataclass(frozen=True)
 class KernelMap:
     """Neighbours of rows under a kernel: `fwd[k, o] == i` exactly if `bwd[k, i] == o`.
@@ -21,12 +23,14 @@ class KernelMap:
         bwd: int32 (taps, capacity_in), the output row of each tap and input row; the output's capacity for none.
         rows_in: int32, input rows in use; those behind them are empty.
         rows_out: int32, output rows in use.
+        window: sides of the kernel whose places the taps are, row-major, static; None if it has none.
     """
 
     fwd: jax.Array
     bwd: jax.Array
     rows_in: jax.Array
     rows_out: jax.Array
+    window: tuple[int, ...] | None = None
 
     @property
     def capacity_in(self) -> int:
@@ -41,7 +45,7 @@ class KernelMap:
     @property
     def T(self) -> "KernelMap":
         """The map of the transposed convolution, from the output's rows back to the input's."""
-        return KernelMap(self.bwd, self.fwd, self.rows_out, self.rows_in)
+        return KernelMap(self.bwd, self.fwd, self.rows_out, self.rows_in, self.window)
 
 
 class PairLists(NamedTuple):

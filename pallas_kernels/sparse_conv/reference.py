@@ -30,9 +30,11 @@ def times(rows: jax.Array, weights: jax.Array, groups: int) -> jax.Array:
     return jnp.einsum("ngi,igo->ngo", rows, weights, preferred_element_type=kind).reshape(len(rows), outputs)
 
 
-def rows_of(x: jax.Array, rows: jax.Array) -> jax.Array:
-    """Rows of x; zeros for those that it does not have."""
-    return jnp.take(x, rows, axis=0, mode="fill", fill_value=0)
+def rows_of(x: jax.Array, rows: jax.Array, fill: float = 0) -> jax.Array:
+    """Rows of x; `fill` for those that it does not have."""
+    if len(x) == 0:  # which JAX does not take from
+        return jnp.full((*rows.shape, *x.shape[1:]), fill, x.dtype)
+    return jnp.take(x, rows, axis=0, mode="fill", fill_value=fill)
 
 
 def accumulator(x: jax.Array):

@@ -77,4 +77,4 @@ def _pieces(count, step: int):
 def _piece(rows, number, step: int):
     """The piece of a list; where the list is no multiple of the step, the last one reads beyond its end."""
     at = number * step + jnp.arange(step)
-    return jnp.take(rows, at, mode="fill", fill_value=np.iinfo(np.int32).max)
+    return rows_of(rows, at, np.iinfo(np.int32).max)

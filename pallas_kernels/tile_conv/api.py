@@ -45,6 +45,8 @@ def tile_conv(
         [[3.0, 6.0], [9.0, 7.0]]
     """
     geometry.check()
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x is {x.dtype}; it must be floating")
     capacity, dims = len(x), geometry.dims
     inputs = x.shape[-1]
     if x.shape != (capacity, *geometry.tile, inputs) or neighbours.shape != (capacity, 3**dims):

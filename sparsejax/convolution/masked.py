@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.channels_last import convolve
+from sparsejax.convolution.checks import check_array, check_features, whole_number
 from sparsejax.convolution.shapes import pads, per_dimension
 from sparsejax.masks.select import select_top
 
@@ -35,16 +36,19 @@ class SiteMask:
         A finer one repeats every site; in a coarser one a site is active if any of those in it is.
 
         Raises:
-            ValueError: along some axis neither size is a multiple of the other.
+            ValueError: the mask is not bool, or along some axis neither size is a multiple of the other.
         """
         mask = self.mask
+        check_array("mask", mask, jnp.bool_)
         if len(shape) != mask.ndim - 1:
             raise ValueError(f"shape {tuple(shape)} has {len(shape)} dimensions, the mask has {mask.ndim - 1}")
         for axis, size in enumerate(shape, start=1):
             have = mask.shape[axis]
-            if size % have == 0:
+            if size == have:
+                continue
+            if have and size % have == 0:
                 mask = jnp.repeat(mask, size // have, axis=axis)
-            elif have % size == 0:
+            elif have and have % size == 0:
                 split = (*mask.shape[:axis], size, have // size, *mask.shape[axis + 1 :])
                 mask = jnp.any(mask.reshape(split), axis=axis + 1)
             else:
@@ -100,7 +104,8 @@ def masked_conv(
         mask_out: the output's active sites; by default those of `mask` at the output's resolution.
         bias: float (out,), or None.
         stride: steps.
-        padding: "SAME", "VALID", a number, or (low, high) for each dimension.
+        padding: "SAME", "VALID", a number, or a number or (low, high) for each dimension. None is that of
+            `strided_map`.
         dilation: distance of the taps.
         groups: feature groups; `in` for a depthwise convolution.
 
@@ -108,7 +113,7 @@ def masked_conv(
         (samples, *shape_out, out) in the dtype of `x`.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes or dtypes do not fit.
 
     Example:
         >>> x = jnp.array([1.0, 2.0, jnp.nan, 4.0]).reshape(1, 4, 1)
@@ -119,20 +124,20 @@ def masked_conv(
     References:
         Tian et al., Designing BERT for Convolutional Networks, 2023, arXiv:2301.03580, section 3.2.
     """
-    dims = x.ndim - 2
+    check_array("x", x)
+    dims, groups = x.ndim - 2, whole_number("groups", groups)
     if weights.ndim != x.ndim or weights.shape[-2] * groups != x.shape[-1] or weights.shape[-1] % groups:
         raise ValueError(
             f"weights have shape {weights.shape}; x of shape {x.shape} with {groups} groups needs "
             f"({dims} window sides, {x.shape[-1] // groups}, a multiple of {groups})"
         )
-    if bias is not None and bias.shape != weights.shape[-1:]:
-        raise ValueError(f"bias has shape {bias.shape}, it must be {weights.shape[-1:]}")
+    check_features(weights.shape[-1], bias=bias)
     step, spread = per_dimension("stride", stride, dims), per_dimension("dilation", dilation, dims)
     around = pads(x.shape[1:-1], weights.shape[:-2], step, spread, padding)
     out = convolve(apply_mask(x, mask), weights.astype(x.dtype), step, around, spread, groups)
     if bias is not None:
         out = out + bias.astype(out.dtype)
-    return apply_mask(out, mask_out or mask)
+    return apply_mask(out, mask if mask_out is None else mask_out)
 
 
 def masked_pool(
@@ -157,7 +162,11 @@ def masked_pool(
         reduce: "max", "mean" or "sum".
 
     Returns:
-        (samples, *shape_out, channels), zero at inactive sites and where a window holds no active one.
+        (samples, *shape_out, channels) in the dtype of `x`, summed at least in float32; zero at inactive sites and
+        where a window holds no active one.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
 
     Example:
         >>> x = jnp.array([-1.0, 5.0, -2.0, -3.0]).reshape(1, 4, 1)
@@ -165,23 +174,24 @@ def masked_pool(
         >>> masked_pool(x, mask, 2)[0, :, 0].tolist()
         [-1.0, -2.0]
     """
-    dims = x.ndim - 2
+    check_array("x", x)
+    dims, kind = x.ndim - 2, jnp.promote_types(x.dtype, jnp.float32)
     sides = per_dimension("window", window, dims)
     step = per_dimension("stride", window if stride is None else stride, dims)
     around = pads(x.shape[1:-1], sides, step, (1,) * dims, padding)
     windows = ((1, *sides, 1), (1, *step, 1), ((0, 0), *around, (0, 0)))
     there = active_sites(x, mask)
     number = jax.lax.reduce_window(there.astype(jnp.float32), 0.0, jax.lax.add, *windows)
-    zero, least = np.zeros((), x.dtype), np.asarray(-np.inf, x.dtype)
     if reduce == "max":
+        least = np.asarray(-np.inf, x.dtype)
         out = jax.lax.reduce_window(jnp.where(there, x, least), least, jax.lax.max, *windows)
     elif reduce in ("mean", "sum"):
-        out = jax.lax.reduce_window(jnp.where(there, x, 0), zero, jax.lax.add, *windows)
-        out = (out / jnp.maximum(number, 1)).astype(x.dtype) if reduce == "mean" else out
+        out = jax.lax.reduce_window(jnp.where(there, x, 0).astype(kind), np.zeros((), kind), jax.lax.add, *windows)
+        out = (out / jnp.maximum(number, 1) if reduce == "mean" else out).astype(x.dtype)
     else:
         raise ValueError(f"reduce is {reduce!r}; allowed are 'max', 'mean' and 'sum'")
     out = jnp.where(number > 0, out, 0)
-    return apply_mask(out, mask_out or mask)
+    return apply_mask(out, mask if mask_out is None else mask_out)
 
 
 def masked_global_pool(x: jax.Array, mask: SiteMask | None, reduce: str = "mean") -> jax.Array:
@@ -193,8 +203,12 @@ def masked_global_pool(x: jax.Array, mask: SiteMask | None, reduce: str = "mean"
         reduce: "mean", "max" or "sum".
 
     Returns:
-        (samples, channels); zeros for a sample without active sites.
+        (samples, channels) in the dtype of `x`, summed at least in float32; zeros for a sample without active sites.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
     """
+    check_array("x", x)
     axes = tuple(range(1, x.ndim - 1))
     there = active_sites(x, mask)
     if reduce == "max":
@@ -202,8 +216,10 @@ def masked_global_pool(x: jax.Array, mask: SiteMask | None, reduce: str = "mean"
         return jnp.where(jnp.any(there, axis=axes), best, 0)
     if reduce not in ("mean", "sum"):
         raise ValueError(f"reduce is {reduce!r}; allowed are 'mean', 'max' and 'sum'")
-    total = jnp.sum(jnp.where(there, x, 0), axis=axes)
-    return total / jnp.maximum(jnp.sum(there, axis=axes), 1).astype(x.dtype) if reduce == "mean" else total
+    total = jnp.sum(jnp.where(there, x, 0), axis=axes, dtype=jnp.promote_types(x.dtype, jnp.float32))
+    if reduce == "mean":
+        total = total / jnp.maximum(jnp.sum(there, axis=axes), 1).astype(total.dtype)
+    return total.astype(x.dtype)
 
 
 def apply_mask(x: jax.Array, mask: SiteMask | None) -> jax.Array:
@@ -215,10 +231,12 @@ def active_sites(x: jax.Array, mask: SiteMask | None) -> jax.Array:
     """The mask of x (samples, *shape, channels), bool (samples, *shape, 1); one of a single sample counts for all.
 
     Raises:
-        ValueError: the mask is of another number of samples.
+        ValueError: the mask is not a `SiteMask`, not bool, or of another number of samples or resolution.
     """
     if mask is None:
         return jnp.ones((*x.shape[:-1], 1), bool)
+    if not isinstance(mask, SiteMask):
+        raise ValueError(f"the mask is a {type(mask).__name__}; wrap bool (samples, *grid) in SiteMask(...)")
     there = mask.at(x.shape[1:-1])[..., None]
     if len(there) not in (1, len(x)):
         raise ValueError(f"the mask is of {len(there)} samples; x of shape {x.shape} needs {len(x)}, or one for all")

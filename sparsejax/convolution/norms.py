@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from sparsejax.convolution.checks import check_array, check_features, whole_number
 from sparsejax.convolution.masked import SiteMask, active_sites
 from sparsejax.convolution.sites import Sites
 
@@ -41,6 +42,7 @@ def masked_batch_norm(
         >>> mean.tolist(), variance.tolist(), y.round(3)[:, 0].tolist()
         ([2.0], [1.0], [-1.0, 1.0, 0.0])
     """
+    check_features(x.shape[-1], scale=scale, bias=bias, mean=mean, variance=variance)
     there = _active(mask, x)
     axes = tuple(range(x.ndim - 1))
     clean = jnp.where(there, x, 0).astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -76,6 +78,7 @@ def masked_layer_norm(
         bias: float (channels,), or None.
         epsilon: added to the variance.
     """
+    check_features(x.shape[-1], scale=scale, bias=bias)
     there = _active(mask, x)
     clean = jnp.where(there, x, 0).astype(jnp.promote_types(x.dtype, jnp.float32))
     centred = clean - jnp.mean(clean, axis=-1, keepdims=True)
@@ -106,7 +109,8 @@ def masked_group_norm(
         ValueError: `groups` does not divide the channels.
     """
     channels = x.shape[-1]
-    if groups < 1 or channels % groups:
+    check_features(channels, scale=scale, bias=bias)
+    if whole_number("groups", groups) and channels % groups:
         raise ValueError(f"groups is {groups}; it must divide the {channels} channels")
     there = _active(mask, x)[..., None]
     split = x.reshape(*x.shape[:-1], groups, channels // groups)
@@ -152,8 +156,10 @@ def sites_group_norm(
         [-1.0, 1.0, 0.0, 0.0]
     """
     channels = sites.feats.shape[1]
-    if groups < 1 or channels % groups:
+    check_features(channels, scale=scale, bias=bias)
+    if whole_number("groups", groups) and channels % groups:
         raise ValueError(f"groups is {groups}; it must divide the {channels} channels")
+    check_array("feats", sites.feats)
     feats = sites.feats.astype(jnp.promote_types(sites.feats.dtype, jnp.float32))
     split = feats.reshape(-1, groups, channels // groups)
 
@@ -171,10 +177,10 @@ def sites_group_norm(
 
 
 def _active(mask, x) -> jax.Array:
+    check_array("x", x)
     if mask is None or isinstance(mask, SiteMask):
         return active_sites(x, mask)
-    if mask.shape != (*x.shape[:-1], 1) or mask.dtype != bool:
-        raise ValueError(f"mask is {mask.dtype} of shape {mask.shape}; needed is bool of shape {(*x.shape[:-1], 1)}")
+    check_array("mask", mask, jnp.bool_, (*x.shape[:-1], 1))
     return mask
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 
 from pallas_kernels.sparse_conv import native
+from sparsejax.convolution.checks import whole_number
 from sparsejax.convolution.shapes import per_dimension
 
 
@@ -54,7 +55,7 @@ def conv_plan(
         A `ConvPlan`.
 
     Raises:
-        ValueError: `density` is not in [0, 1].
+        ValueError: `density` is not in [0, 1], a size is no whole number, or `backend` is another.
 
     Example:
         >>> print(conv_plan(0.01, shape=(512, 512), kernel=3, channels=32, backend="gpu"))
@@ -64,7 +65,12 @@ def conv_plan(
     """
     if not 0 <= density <= 1:
         raise ValueError(f"density is {density}; allowed are 0 to 1")
-    dims, backend = len(tuple(shape)), backend or jax.default_backend()
+    if backend not in (None, "cpu", "gpu", "tpu"):
+        raise ValueError(f"backend is {backend!r}; allowed are 'cpu', 'gpu', 'tpu' and None")
+    channels, groups = whole_number("channels", channels), whole_number("groups", groups)
+    if channels % groups:
+        raise ValueError(f"groups is {groups}; it must divide the {channels} channels")
+    shape, dims, backend = per_dimension("shape", shape, len(shape)), len(shape), backend or jax.default_backend()
     sides = per_dimension("kernel", kernel, dims)
     at = f"at density {density:g}"
     if math.prod(shape) * channels >= 2**30:
@@ -74,13 +80,17 @@ def conv_plan(
             return ConvPlan("sites", f"{at} even a grouped convolution, which waits for memory, gains from few sites")
         return ConvPlan("masked", "a grouped convolution waits for memory, and gathering moves more of it")
     size = None if tile is None else per_dimension("tile", tile, dims)
+    # A window must not reach farther than the next tile.
+    fits = size is not None and all(side // 2 <= t for side, t in zip(sides, size, strict=True))
     halo = 1.0 if size is None else math.prod((t + k - 1) / t for t, k in zip(size, sides, strict=True))
     if backend == "cpu":
         costs = _cpu_costs(density, dims, math.prod(sides), None if size is None else halo)
+        if not fits:
+            costs.pop("tiles", None)
         engine = min(costs, key=costs.get)
         others = ", ".join(f"{name} {cost:.2g}" for name, cost in costs.items())
         return ConvPlan(engine, f"{at} estimated times are {others}")
-    if size is not None and density >= 0.02 and density * halo <= 0.6:
+    if fits and density >= 0.02 and density * halo <= 0.6:
         return ConvPlan("tiles", f"{at} tiles of {size} with their halo read {density * halo:.2g} of the array")
     if backend == "tpu" and (channels % 128 or density > 0.1):
         return ConvPlan("masked", "on TPU gathering rows pays only for few sites and multiples of 128 channels")

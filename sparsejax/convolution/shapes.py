@@ -1,9 +1,10 @@
 """Sizes of convolutions: one number for each dimension, paddings, shapes of outputs."""
 
-import operator
 from collections.abc import Sequence
 
 import jax
+
+from sparsejax.convolution.checks import whole_number
 
 
 def per_dimension(name: str, value: int | Sequence[int], dims: int) -> tuple[int, ...]:
@@ -12,11 +13,10 @@ def per_dimension(name: str, value: int | Sequence[int], dims: int) -> tuple[int
     Raises:
         ValueError: a number is below 1, or there are not `dims` of them.
     """
-    numbers = (value,) * dims if not isinstance(value, Sequence) else tuple(value)
-    numbers = tuple(operator.index(number) for number in numbers)
-    if len(numbers) != dims or min(numbers) < 1:
+    numbers = tuple(value) if hasattr(value, "__len__") else (value,) * dims
+    if len(numbers) != dims:
         raise ValueError(f"{name} is {value}; allowed are a number of at least 1, or one for each of {dims} dimensions")
-    return numbers
+    return tuple(whole_number(name, number) for number in numbers)
 
 
 def pads(shape, window, stride, dilation, padding) -> tuple[tuple[int, int], ...]:
@@ -27,7 +27,8 @@ def pads(shape, window, stride, dilation, padding) -> tuple[tuple[int, int], ...
         window: sides of the kernel.
         stride: steps.
         dilation: distances of the taps.
-        padding: pairs, one number, "SAME", "VALID", or None: "SAME", but at the end where window equals stride.
+        padding: for each dimension a pair or a number for both ends, one number for all, "SAME", "VALID", or None:
+            "SAME", but at the end where window equals stride.
     """
     spread = tuple((size - 1) * step + 1 for size, step in zip(window, dilation, strict=True))
     if padding is None:
@@ -40,17 +41,27 @@ def pads(shape, window, stride, dilation, padding) -> tuple[tuple[int, int], ...
         if padding not in ("SAME", "VALID"):
             raise ValueError(f"padding is {padding!r}; allowed are 'SAME', 'VALID', a number or (low, high) pairs")
         return tuple((int(low), int(high)) for low, high in jax.lax.padtype_to_pads(shape, spread, stride, padding))
-    pairs = ((padding, padding),) * len(shape) if isinstance(padding, int) else tuple(map(tuple, padding))
-    if len(pairs) != len(shape) or any(len(pair) != 2 or min(pair) < 0 for pair in pairs):
+    pairs = tuple(padding) if hasattr(padding, "__len__") else (padding,) * len(shape)
+    pairs = tuple(tuple(pair) if hasattr(pair, "__len__") else (pair, pair) for pair in pairs)
+    if len(pairs) != len(shape) or any(len(pair) != 2 for pair in pairs):
         raise ValueError(
-            f"padding is {padding}; allowed are 'SAME', 'VALID', a number or {len(shape)} (low, high) pairs"
+            f"padding is {padding}; allowed are 'SAME', 'VALID', a number, or {len(shape)} numbers or (low, high) pairs"
         )
-    return pairs
+    return tuple((whole_number("padding", low, 0), whole_number("padding", high, 0)) for low, high in pairs)
 
 
 def output_shape(shape, window, stride, dilation, around) -> tuple[int, ...]:
-    """Sizes of space of a convolution's output."""
-    return tuple(
+    """Sizes of space of a convolution's output.
+
+    Raises:
+        ValueError: the window does not fit into the padded space.
+    """
+    sizes = tuple(
         (size + low + high - step * (side - 1) - 1) // jump + 1
         for size, side, jump, step, (low, high) in zip(shape, window, stride, dilation, around, strict=True)
     )
+    if min(sizes) < 1:
+        raise ValueError(
+            f"a window of {tuple(window)}, dilation {dilation}, does not fit into {tuple(shape)} with padding {around}"
+        )
+    return sizes

@@ -1,10 +1,14 @@
 """Convolution and pooling over lists of sites."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import sparse_conv as kernel
 from pallas_kernels.sparse_conv import KernelMap
+from pallas_kernels.sparse_conv.reference import rows_of
+from sparsejax.convolution.checks import check_array
 from sparsejax.convolution.sites import Sites
 
 
@@ -23,8 +27,9 @@ def sparse_conv(
 
     Args:
         feats: float (capacity_in, in), zeros in empty rows.
-        weights: float (*window, in / groups, out): those of the dense convolution. For a transposed convolution, with
-            `map.T`, they map from its inputs to its outputs; the adjoint of a convolution has its last axes swapped.
+        weights: float (*window, in / groups, out), with the map's window: those of the dense convolution. For a
+            transposed convolution, with `map.T`, they map from its inputs to its outputs; the adjoint of a convolution
+            has its last axes swapped.
         kernel_map: from `subm_map` or `strided_map`.
         bias: float (out,), or None; empty rows stay zero.
         groups: feature groups; `in` for a depthwise convolution.
@@ -44,7 +49,11 @@ def sparse_conv(
         >>> sparse_conv(sites.feats, jnp.ones((3, 1, 1)), subm_map(sites, 3))[:, 0].tolist()
         [3.0, 3.0, 4.0]
     """
-    taps = weights.reshape(-1, *weights.shape[-2:])
+    if kernel_map.window is not None and weights.shape[:-2] != kernel_map.window:
+        raise ValueError(
+            f"weights have shape {weights.shape}; this map's window is {kernel_map.window}, before in / groups and out"
+        )
+    taps = weights.reshape(math.prod(weights.shape[:-2]), *weights.shape[-2:])
     return kernel.sparse_conv(feats, taps, kernel_map, bias=bias, groups=groups, implementation=implementation)
 
 
@@ -57,10 +66,11 @@ def sparse_pool(feats: jax.Array, kernel_map: KernelMap, reduce: str = "max") ->
         reduce: "max", "mean" or "sum".
 
     Returns:
-        (capacity_out, channels); empty rows are zero.
+        (capacity_out, channels) in the dtype of `feats`, summed at least in float32; empty rows are zero. A maximum of
+        values with NaN is NaN.
 
     Raises:
-        ValueError: `feats` has not the map's rows.
+        ValueError: `feats` has not the map's rows, or is not floating.
 
     Example:
         >>> from sparsejax.convolution.site_maps import strided_map
@@ -72,15 +82,16 @@ def sparse_pool(feats: jax.Array, kernel_map: KernelMap, reduce: str = "max") ->
     """
     if feats.ndim != 2 or len(feats) != kernel_map.capacity_in:
         raise ValueError(f"feats have shape {feats.shape}; this map needs ({kernel_map.capacity_in}, channels)")
+    check_array("feats", feats)
     if reduce == "max":
         return _max_pool(feats, kernel_map)
     if reduce not in ("mean", "sum"):
         raise ValueError(f"reduce is {reduce!r}; allowed are 'max', 'mean' and 'sum'")
-    total = _sum_pool(feats, kernel_map)
-    if reduce == "sum":
-        return total
-    number = jnp.sum(kernel_map.fwd < kernel_map.capacity_in, axis=0)
-    return total / jnp.maximum(number, 1)[:, None].astype(feats.dtype)
+    total = _sum_pool(feats.astype(jnp.promote_types(feats.dtype, jnp.float32)), kernel_map)
+    if reduce == "mean":
+        number = jnp.sum(kernel_map.fwd < kernel_map.capacity_in, axis=0)
+        total = total / jnp.maximum(number, 1)[:, None].astype(total.dtype)
+    return total.astype(feats.dtype)
 
 
 def sites_global_pool(sites: Sites, reduce: str = "mean") -> jax.Array:
@@ -97,6 +108,7 @@ def sites_global_pool(sites: Sites, reduce: str = "mean") -> jax.Array:
         (samples, channels); zeros for a sample without sites.
     """
     samples, feats = sites.batch_size, sites.feats
+    check_array("feats", feats)
     shape = (samples, feats.shape[1])
     number = jnp.zeros(samples, jnp.int32).at[sites.batch].add(1, mode="drop", indices_are_sorted=True)[:, None]
     if reduce == "max":
@@ -113,14 +125,10 @@ def _over_taps(function, start, tables):
     return jax.lax.scan(lambda carry, tap: (function(carry, *tap), None), start, tables)[0]
 
 
-def _rows(x, rows, fill=0.0):
-    return jnp.take(x, rows, axis=0, mode="fill", fill_value=fill)
-
-
 @jax.custom_vjp
 def _sum_pool(feats, kernel_map):
     start = jnp.zeros((kernel_map.capacity_out, feats.shape[1]), feats.dtype)
-    return _over_taps(lambda total, rows: total + _rows(feats, rows), start, (kernel_map.fwd,))
+    return _over_taps(lambda total, rows: total + rows_of(feats, rows), start, (kernel_map.fwd,))
 
 
 def _sum_forward(feats, kernel_map):
@@ -145,8 +153,8 @@ def _max_forward(feats, kernel_map):
     def better(carry, sources, tap):
         best, winner = carry
         found = (sources < kernel_map.capacity_in)[:, None]
-        value = _rows(feats, sources)
-        wins = found & ((value > best) | (winner == taps))
+        value = rows_of(feats, sources)
+        wins = found & ((value > best) | (jnp.isnan(value) & ~jnp.isnan(best)) | (winner == taps))
         return jnp.where(wins, value, best), jnp.where(wins, tap, winner)
 
     start = jnp.zeros((rows, feats.shape[1]), feats.dtype), jnp.full((rows, feats.shape[1]), taps)
@@ -158,11 +166,11 @@ def _max_backward(saved, gradient):
     winner, kernel_map = saved
 
     def collect(total, targets, tap):
-        return total + jnp.where(_rows(winner, targets, -1) == tap, _rows(gradient, targets), 0)
+        return total + jnp.where(rows_of(winner, targets, -1) == tap, rows_of(gradient, targets), 0)
 
     taps, rows = kernel_map.bwd.shape
-    start = jnp.zeros((rows, gradient.shape[1]), gradient.dtype)
-    return _over_taps(collect, start, (kernel_map.bwd, jnp.arange(taps))), None
+    start = jnp.zeros((rows, gradient.shape[1]), jnp.promote_types(gradient.dtype, jnp.float32))
+    return _over_taps(collect, start, (kernel_map.bwd, jnp.arange(taps))).astype(gradient.dtype), None
 
 
 _max_pool.defvjp(_max_forward, _max_backward)

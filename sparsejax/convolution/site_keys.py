@@ -1,10 +1,13 @@
 """Sites as numbers: a sample and, inside its grid, a row-major key of 32 bits; searches for them in sorted lists."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from sparsejax.convolution.checks import whole_number
 
 LAST_KEY = np.int32(2**31 - 1)
 
@@ -12,13 +15,29 @@ LAST_KEY = np.int32(2**31 - 1)
 GRID_PLACES = 2**22
 
 
-def check_shape(shape: tuple[int, ...]) -> None:
-    """Raises a ValueError if the places of one sample do not fit 32-bit keys."""
-    if not shape or any(size < 1 for size in shape) or math.prod(shape) >= LAST_KEY:
+def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """`shape` as ints; a ValueError if the places of one sample do not fit 32-bit keys."""
+    shape = tuple(whole_number("a size of shape", size) for size in shape)
+    if not shape or math.prod(shape) >= LAST_KEY:
         raise ValueError(
             f"shape {shape} has {math.prod(shape)} places; a sample's grid needs at least one dimension and between 1 "
             f"and {LAST_KEY - 1} places: coarsen it, or cut it into several samples"
         )
+    return shape
+
+
+def check_places(samples: int, shape: tuple[int, ...]) -> int:
+    """Places of one sample; a ValueError if those of all do not fit 32 bits, as a dense array's must."""
+    if samples * math.prod(shape) >= LAST_KEY:
+        raise ValueError(f"a dense array of {samples} samples of shape {shape} is too large")
+    return math.prod(shape)
+
+
+def as_int32(numbers: jax.Array | np.ndarray) -> jax.Array:
+    """Integers of any dtype as int32. What is beyond these becomes their end, which is in no grid."""
+    own, ends = np.iinfo(numbers.dtype), np.iinfo(np.int32)
+    # NumPy's 64 bits must be cut before JAX, which may have 32 only, sees them.
+    return jnp.asarray(numbers.clip(max(own.min, ends.min), min(own.max, ends.max)).astype(np.int32))
 
 
 def ravel(coords: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -105,6 +124,8 @@ def look_up(
         int32 (...): the row, n for what is not there.
     """
     count = len(keys)
+    if count == 0:
+        return jnp.zeros(wanted.shape, jnp.int32)
     if grid:
         at = jnp.where(batch < samples, batch * size + keys, samples * size)
         table = jnp.full(samples * size, count, jnp.int32).at[at].set(jnp.arange(count, dtype=jnp.int32), mode="drop")
@@ -121,6 +142,6 @@ def look_up(
         searching = low < high
         return jnp.where(searching & less, middle + 1, low), jnp.where(searching & ~less, middle, high)
 
-    row, _ = jax.lax.fori_loop(0, max(1, count).bit_length(), halve, (low, end))
+    row, _ = jax.lax.fori_loop(0, count.bit_length(), halve, (low, end))
     found = wanted & (row < end) & (keys[jnp.minimum(row, count - 1)] == wanted_keys)
     return jnp.where(found, row, count).astype(jnp.int32)

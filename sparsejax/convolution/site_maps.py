@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.sparse_conv import KernelMap, native
+from sparsejax.convolution.checks import whole_number
 from sparsejax.convolution.shapes import output_shape, pads, per_dimension
 from sparsejax.convolution.site_keys import GRID_PLACES, LAST_KEY, check_shape, inside, look_up, ravel, unique
 from sparsejax.convolution.sites import Sites
@@ -50,7 +51,7 @@ def subm_map(
         )
     low = [size // 2 * d for size, d in zip(window, spread, strict=True)]
     fwd = _neighbours(sites, sites, window, (1,) * dims, [-n for n in low], spread, (1,) * dims, search)
-    return KernelMap(fwd, fwd[::-1], sites.count, sites.count)
+    return KernelMap(fwd, fwd[::-1], sites.count, sites.count, window)
 
 
 def strided_map(
@@ -71,8 +72,8 @@ def strided_map(
         sites: the sites; features are not read.
         kernel: sides of the window.
         stride: steps.
-        padding: (low, high) for each dimension, one number for all, or "SAME". None is "SAME", but where kernel equals
-            stride all padding is at the end: site i goes to i // stride, and none is lost.
+        padding: (low, high) or a number for each dimension, one number for all, "SAME" or "VALID". None is "SAME", but
+            where kernel equals stride all padding is at the end: site i goes to i // stride, and none is lost.
         dilation: distance of the taps.
         capacity: rows of the output; by default always enough: those of the input times the number of outputs that one
             site can reach (one where kernel equals stride), at most all places.
@@ -96,7 +97,9 @@ def strided_map(
     around = pads(shape, window, step, spread, padding)
     out_shape = output_shape(shape, window, step, spread, around)
     check_shape(out_shape)
-    if capacity is None:
+    if capacity is not None:
+        capacity = whole_number("capacity", capacity, 0)
+    else:
         # Taps that let a site reach an output repeat with a period, shorter if stride and dilation share a factor.
         periods = (s // math.gcd(s, d) for s, d in zip(step, spread, strict=True))
         most = math.prod(-(-side // period) for side, period in zip(window, periods, strict=True))
@@ -115,7 +118,7 @@ def strided_map(
     fwd = _neighbours(sites, out, window, step, tuple(-n for n in low), spread, once, search)
     by_native = _by_native(search)
     bwd = native.inverse(fwd, sites.capacity) if by_native else _neighbours(out, sites, window, *back, search)
-    return out, KernelMap(fwd, bwd, sites.count, out.count)
+    return out, KernelMap(fwd, bwd, sites.count, out.count, window)
 
 
 def _reached(rows: Sites, shape, window, scale, shift, spread, divide) -> tuple[jax.Array, jax.Array]:

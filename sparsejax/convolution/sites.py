@@ -2,14 +2,18 @@
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.sparse_conv.reference import rows_of
+from sparsejax.convolution.checks import check_array, whole_number
+from sparsejax.convolution.masked import SiteMask, active_sites
 from sparsejax.convolution.site_keys import (
     LAST_KEY,
+    as_int32,
+    check_places,
     check_shape,
     first_of_equals,
     inside,
@@ -83,7 +87,8 @@ def from_coords(
 
     Args:
         batch: int (n,), the sample of each point.
-        coords: int (n, dimensions). Points outside `shape`, or of no sample, are left out.
+        coords: int (n, dimensions). Points outside `shape`, or of no sample, are left out, those of 64-bit NumPy arrays
+            too.
         feats: float (n, channels).
         shape: the grid of one sample, less than 2^31 places.
         batch_size: samples.
@@ -107,25 +112,25 @@ def from_coords(
         >>> sites.keys[:2].tolist(), sites.feats[:, 0].tolist(), int(sites.count)
         ([0, 2], [5.0, 3.0, 0.0], 2)
     """
-    shape = tuple(shape)
-    check_shape(shape)
-    points = batch.shape[0]
-    if coords.shape != (points, len(shape)) or feats.ndim != 2 or feats.shape[0] != points:
+    shape = check_shape(shape)
+    capacity, batch_size = whole_number("capacity", capacity, 0), whole_number("batch_size", batch_size, 0)
+    check_array("batch", batch, jnp.integer)
+    check_array("coords", coords, jnp.integer)  # positions must be rounded to places of the grid
+    check_array("feats", feats)
+    points = len(feats)
+    if batch.shape != (points,) or coords.shape != (points, len(shape)) or feats.ndim != 2:
         raise ValueError(
             f"batch has shape {batch.shape}, coords {coords.shape}, feats {feats.shape}; needed are (n,), "
             f"(n, {len(shape)}) and (n, channels)"
         )
-    kinds = (batch, jnp.integer), (coords, jnp.integer), (feats, jnp.floating)
-    if not all(jnp.issubdtype(array.dtype, kind) for array, kind in kinds):
-        raise ValueError(
-            f"batch is {batch.dtype}, coords {coords.dtype}, feats {feats.dtype}; the first two must be integer (round "
-            "positions to places of the grid), the last floating"
-        )
+    if valid is not None:
+        check_array("valid", valid, jnp.bool_, (points,))
     if duplicates not in ("sum", "mean", "max"):
         raise ValueError(f"duplicates is {duplicates!r}; allowed are 'sum', 'mean' and 'max'")
+    batch, coords, feats = as_int32(batch), as_int32(coords), jnp.asarray(feats)
     there = inside(coords, shape) & (batch >= 0) & (batch < batch_size)
     there = there if valid is None else there & valid
-    batch = jnp.where(there, batch, batch_size).astype(jnp.int32)
+    batch = jnp.where(there, batch, batch_size)
     keys = jnp.where(there, ravel(jnp.where(there[:, None], coords, 0), shape), LAST_KEY)
     batch, keys, order = jax.lax.sort((batch, keys, jnp.arange(points, dtype=jnp.int32)), num_keys=2)
     place, count = places(batch, keys, batch_size)
@@ -154,27 +159,30 @@ def from_coords(
     )
 
 
-def from_mask(x: jax.Array, mask: jax.Array, *, capacity: int) -> Sites:
+def from_mask(x: jax.Array, mask: jax.Array | SiteMask, *, capacity: int) -> Sites:
     """Makes sites from a dense array and a mask; values elsewhere are not read.
 
     Args:
         x: float (samples, *shape, channels).
-        mask: bool (samples, *shape), True = active.
+        mask: bool (samples, *shape), True = active; or a `SiteMask`.
         capacity: rows of the result, as in `from_coords`.
 
     Returns:
         The sites.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or there are 2^31 places or more.
 
     Example:
         >>> x = jnp.arange(4.0).reshape(1, 4, 1)
         >>> from_mask(x, x[..., 0] > 1, capacity=3).feats[:, 0].tolist()
         [2.0, 3.0, 0.0]
     """
-    if mask.shape != x.shape[:-1]:
-        raise ValueError(f"mask has shape {mask.shape}; x of shape {x.shape} needs {x.shape[:-1]}")
-    samples, *shape = mask.shape
-    check_shape(tuple(shape))
-    size = math.prod(shape)
+    check_array("x", x)
+    mask = active_sites(x, mask)[..., 0] if isinstance(mask, SiteMask) else mask
+    check_array("mask", mask, jnp.bool_, x.shape[:-1])
+    shape, capacity = check_shape(mask.shape[1:]), whole_number("capacity", capacity, 0)
+    samples, size = len(mask), check_places(len(mask), shape)
     flat = mask.reshape(-1)
     [row] = jnp.nonzero(flat, size=capacity, fill_value=samples * size)
     row = row.astype(jnp.int32)
@@ -183,10 +191,10 @@ def from_mask(x: jax.Array, mask: jax.Array, *, capacity: int) -> Sites:
     return Sites(
         jnp.where(there, row // size, samples),
         jnp.where(there, row % size, LAST_KEY),
-        jnp.take(x.reshape(samples * size, -1), row, axis=0, mode="fill", fill_value=0),
+        rows_of(x.reshape(samples * size, x.shape[-1]), row),
         jnp.minimum(count, capacity),
         count > capacity,
-        tuple(shape),
+        shape,
         samples,
     )
 
@@ -199,12 +207,10 @@ def to_dense(sites: Sites) -> jax.Array:
         >>> to_dense(from_mask(x, x[..., 0] > 1, capacity=3))[0, :, 0].tolist()
         [0.0, 0.0, 2.0, 3.0]
     """
-    size = math.prod(sites.shape)
-    if sites.batch_size * size >= LAST_KEY:
-        raise ValueError(f"a dense array of {sites.batch_size} samples of shape {sites.shape} is too large")
+    size = check_places(sites.batch_size, sites.shape)
     place = jnp.where(sites.used[:, 0], sites.batch * size + sites.keys, sites.batch_size * size)
     dense = jnp.zeros((sites.batch_size * size, sites.feats.shape[1]), sites.feats.dtype)
-    return dense.at[place].set(sites.feats, mode="drop").reshape(sites.batch_size, *sites.shape, -1)
+    return dense.at[place].set(sites.feats, mode="drop").reshape(sites.batch_size, *sites.shape, sites.feats.shape[1])
 
 
 def check_overflow(*sites) -> None:

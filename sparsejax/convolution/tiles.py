@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tile_conv as kernel
+from sparsejax.convolution.checks import check_array, whole_number
 from sparsejax.convolution.shapes import per_dimension
 
 
@@ -77,6 +78,8 @@ def tile_set(mask: jax.Array, tile: int | Sequence[int], *, capacity: int) -> Ti
         >>> tiles.ids.tolist(), tiles.neighbours[:3].tolist()
         ([0, 2, 3, 4], [[4, 0, 4], [4, 1, 2], [1, 2, 4]])
     """
+    check_array("mask", mask, jnp.bool_)
+    capacity = whole_number("capacity", capacity, 0)
     samples, *grid = mask.shape
     sides = per_dimension("tile", tile, len(grid))
     total = samples * math.prod(grid)
@@ -178,7 +181,7 @@ def tile_conv(
         raise ValueError(f"weights have shape {weights.shape}; needed are {dims} sides, in / groups and out")
     # As "SAME" pads the whole array, whose sides are multiples of the stride.
     low = tuple(max(0, (side - 1) * d + 1 - s) // 2 for side, d, s in zip(window, spread, steps, strict=True))
-    geometry = kernel.Geometry(tiles.tile, window, steps, spread, low, groups)
+    geometry = kernel.Geometry(tiles.tile, window, steps, spread, low, whole_number("groups", groups))
     return kernel.tile_conv(
         x, weights, tiles.neighbours, tiles.used, geometry, bias=bias, implementation=implementation
     )

@@ -163,8 +163,40 @@ def test_the_planner(monkeypatch):
     assert [engine(density, tile=16, backend="gpu") for density in (0.01, 0.2, 0.9)] == ["sites", "tiles", "masked"]
     assert engine(0.05, backend="tpu") == "masked"
     assert "tiles 0.038" in str(conv_plan(0.01, shape=(64, 64), kernel=3, channels=8, tile=16, backend="cpu"))
-    with pytest.raises(ValueError, match="density is 2"):
-        engine(2)
+    # Windows reach farther than the next tile.
+    assert engine(0.03, tile=3, kernel=9, backend="gpu") == "sites"
+    assert engine(0.01, tile=3, kernel=9) == "sites"
+    wrong = {"density": 2, "backend": "cuda", "channels": -8, "groups": 0, "shape": (64.5, 64), "kernel": 0}
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=f"{name} is {value if name != 'shape' else 64.5!r}"):
+            engine(**{"density": 0.5, name: value})
+    with pytest.raises(ValueError, match="groups is 5; it must divide the 32 channels"):
+        engine(0.5, groups=5)
+
+
+@pytest.mark.parametrize("norm", [masked_batch_norm, masked_layer_norm, masked_group_norm, sites_group_norm])
+def test_norms_refuse_what_does_not_fit(norm):
+    groups = {"groups": 1} if norm in (masked_group_norm, sites_group_norm) else {}
+
+    ones, everywhere = jnp.ones((2, 4, 3)), jnp.ones((2, 4), bool)
+
+    def call(x=ones, on=everywhere, **options):
+        if norm is sites_group_norm:
+            sites = from_mask(ones, on, capacity=8)
+            return norm(sites.with_feats(x.reshape(8, 3)), **groups | options)
+        return norm(x, SiteMask(on), **groups | options)
+
+    call()
+    for name in ("scale", "bias"):
+        with pytest.raises(ValueError, match=rf"{name} has shape \(1,\); 3 channels need"):
+            call(**{name: jnp.ones(1)})
+    with pytest.raises(ValueError, match="is int32; it must be floating"):
+        call(ones.astype(jnp.int32))
+    with pytest.raises(ValueError, match="mask is float32; it must be bool"):
+        call(on=jnp.ones((2, 4)))
+    if groups:
+        with pytest.raises(ValueError, match="groups is 0"):
+            call(groups=0)
 
 
 def test_masks_fit_the_samples_or_are_one_for_all():

@@ -12,11 +12,17 @@ from flax import nnx
 from pallas_kernels.sparse_conv import pair_lists
 from sparsejax import convolution
 from sparsejax.convolution import (
+    SiteMask,
     check_overflow,
     from_mask,
+    masked_conv,
+    masked_global_pool,
+    masked_pool,
     sites_global_pool,
     sparse_conv,
     sparse_pool,
+    tile_conv,
+    tile_set,
     to_dense,
 )
 from sparsejax.nn import SubmanifoldConv
@@ -89,6 +95,17 @@ def test_points_outside_and_invalid_ones_are_left_out():
     sites = from_coords(batch, coords, jnp.ones((5, 1)), shape=(4,), batch_size=2, capacity=5, valid=valid)
     assert int(sites.count) == 1
     np.testing.assert_array_equal(to_dense(sites)[0, :, 0], [0, 1, 0, 0])
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint32, np.int64, np.uint64])
+def test_numbers_beyond_int32_are_outside(kind):
+    far = np.iinfo(kind).max
+    batch = np.array([0, 0, far, 1, min(far, 2**32)], kind)
+    coords = np.array([[far], [2], [1], [min(far, 2**32 + 1)], [3]], kind)
+    if kind in (np.uint8, np.uint32):
+        batch, coords = jnp.asarray(batch), jnp.asarray(coords)
+    sites = convolution.from_coords(batch, coords, np.ones((5, 1), np.float32), **FOUR)
+    np.testing.assert_array_equal(to_dense(sites)[..., 0], [[0, 0, 1, 0], [0, 0, 0, 0]])
 
 
 @pytest.mark.parametrize("shape", [(40,), slow((4, 5, 6))])
@@ -207,15 +224,43 @@ def test_an_empty_sample_and_no_sites_at_all():
     assert int(nothing.count) == 0
     assert not np.any(sparse_conv(nothing.feats, jnp.ones((3, 2, 1)), subm_map(nothing, 3), bias=jnp.ones(1)))
     assert int(strided_map(nothing, 2, 2)[0].count) == 0
+    assert from_mask(jnp.ones((0, 4, 1)), jnp.ones((0, 4), bool), capacity=2).count == 0
+
+
+@pytest.mark.parametrize("search", ["native", "grid", "bisect"][not COMPILER :])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "native"][: 2 + COMPILER])
+@pytest.mark.parametrize("rows", [(0, 2), (2, 0), (0, 0)])
+def test_lists_without_rows(rows, implementation, search):
+    sites = from_mask(jnp.ones((1, 4, 2)), jnp.ones((1, 4), bool), capacity=rows[0])
+    _, kernel_map = convolution.strided_map(sites, 2, 2, capacity=rows[1], search=search)
+    run = lambda x, w: sparse_conv(x, w, kernel_map, implementation=implementation)  # noqa: E731
+    y, back = jax.vjp(run, sites.feats, jnp.ones((2, 2, 3)))
+    dx, dw = back(jnp.ones_like(y))
+    assert (y.shape, dx.shape) == ((rows[1], 3), (rows[0], 2))
+    for each in (y, dx, dw, sparse_pool(sites.feats, kernel_map)):
+        assert not np.any(each)
 
 
 def test_pools_of_many_half_precision_rows_and_of_what_is_not_finite():
-    rows = jnp.ones((600, 1), jnp.bfloat16)
-    sites = from_mask(rows[None], jnp.ones((1, 600), bool), capacity=600)
-    assert [float(sites_global_pool(sites, reduce)[0, 0]) for reduce in ("mean", "sum")] == [1.0, 600.0]
-    broken = sites.with_feats(jnp.concatenate([rows, rows * jnp.inf, rows * jnp.nan], axis=1))
-    pooled = sites_global_pool(broken, "max").astype(jnp.float32)
-    np.testing.assert_array_equal(pooled, [[1, np.inf, np.nan]])
+    rows = jnp.ones((1024, 1), jnp.bfloat16)
+    sites = from_mask(rows[None], jnp.ones((1, 1024), bool), capacity=1024)
+    kernel_map = strided_map(sites, 1024, 1024)[1]
+    everywhere = SiteMask(jnp.ones((1, 1), bool))
+    late = rows.at[700].set(jnp.nan)
+    broken = sites.with_feats(jnp.concatenate([rows, rows * jnp.inf, late], axis=1))
+
+    def pools(sites, reduce):
+        yield sites_global_pool(sites, reduce)
+        yield sparse_pool(sites.feats, kernel_map, reduce)[:1]
+        yield masked_pool(sites.feats[None], everywhere, 1024, reduce=reduce)[0]
+        yield masked_global_pool(sites.feats[None], everywhere, reduce)
+
+    for reduce, want in {"mean": 1.0, "sum": 1024.0, "max": 1.0}.items():
+        for pooled in pools(sites, reduce):
+            assert pooled.dtype == jnp.bfloat16
+            assert float(pooled[0, 0]) == want
+    for pooled in pools(broken, "max"):
+        np.testing.assert_array_equal(pooled.astype(jnp.float32), [[1, np.inf, np.nan]])
 
 
 def test_a_grid_beyond_what_a_batch_of_keys_could_hold():
@@ -229,15 +274,73 @@ def test_a_grid_beyond_what_a_batch_of_keys_could_hold():
         from_coords(batch, coords, jnp.ones((4, 1)), shape=(50_000, 50_000), batch_size=1, capacity=4)
 
 
+X, ON = jnp.ones((2, 4, 3)), jnp.ones((2, 4), bool)
+POINT = {"batch": jnp.zeros(3, int), "coords": jnp.zeros((3, 1), int), "feats": jnp.ones((3, 1)), **FOUR}
+LISTED = from_mask(X, ON, capacity=8)
+WEIGHTS = jnp.ones((3, 3, 5))
+WRONG = {
+    "mask is float32; it must be bool": lambda: from_mask(X, X[..., 0], capacity=3),
+    "mask is int32; it must be bool": lambda: masked_conv(X, WEIGHTS, SiteMask(ON.astype(jnp.int32))),
+    "mask is a .*; wrap bool": lambda: masked_conv(X, WEIGHTS, None, mask_out=ON),
+    "x is int32; it must be floating": lambda: masked_conv(X.astype(jnp.int32), WEIGHTS, None),
+    "groups is 0": lambda: masked_conv(X, WEIGHTS, None, groups=0),
+    "bias has shape .*; 5 channels need": lambda: masked_conv(X, WEIGHTS, None, bias=jnp.ones(1)),
+    "padding is 1.5": lambda: masked_conv(X, WEIGHTS, None, padding=1.5),
+    "mask_out.*wrap|wrap": lambda: masked_pool(X, ON, 2),
+    "x is int32; it must be": lambda: masked_pool(X.astype(jnp.int32), None, 2),
+    "x is bool; it must be": lambda: masked_global_pool(ON[..., None], None),
+    "no form at": lambda: SiteMask(jnp.ones((2, 0), bool)).at((4,)),
+    "valid is int32": lambda: from_coords(**POINT, valid=jnp.ones(3, jnp.int32)),
+    "valid has shape": lambda: from_coords(**POINT, valid=jnp.ones((3, 1), bool)),
+    r"batch has shape \(3, 1\)": lambda: from_coords(**POINT | {"batch": POINT["coords"]}),
+    "batch is a list": lambda: convolution.from_coords(**POINT | {"batch": [0, 0, 0]}),
+    "a size of shape is 8.5": lambda: from_coords(**POINT | {"shape": (8.5,)}),
+    "2500000000 places": lambda: convolution.from_coords(**POINT | {"shape": np.array([50_000, 50_000], np.int32)}),
+    "capacity is -1": lambda: from_coords(**POINT | {"capacity": -1}),
+    "capacity is 4.0": lambda: from_mask(X, ON, capacity=4.0),
+    "batch_size is -1": lambda: from_coords(**POINT | {"batch_size": -1}),
+    "samples of shape .* is too large": lambda: from_mask(
+        *(jax.ShapeDtypeStruct((2, 2**15, 2**15, *last), kind) for last, kind in (((1,), float), ((), bool))),
+        capacity=1,
+    ),
+    "kernel is 1.5": lambda: subm_map(LISTED, 1.5),
+    "a window of .* does not fit": lambda: convolution.strided_map(LISTED, 40, 1, padding="VALID"),
+    r"this map's window is \(3,\)": lambda: sparse_conv(LISTED.feats, WEIGHTS[:, None], subm_map(LISTED, 3)),
+    "feats is int32": lambda: sparse_pool(LISTED.feats.astype(jnp.int32), subm_map(LISTED, 3)),
+    "mask is int32": lambda: tile_set(ON.astype(jnp.int32), 2, capacity=4),
+    "tiles.* is int32|x is int32": lambda: tile_conv(
+        jnp.ones((8, 2, 3), jnp.int32), WEIGHTS, tile_set(ON, 2, capacity=8)
+    ),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_arguments_are_checked(message):
+    with pytest.raises(ValueError, match=message):
+        WRONG[message]()
+
+
+@pytest.mark.parametrize("padding", [(1, 1), np.int64(1), ((1, 1), (1, 1)), [np.int32(1), (1, 1)]])
+def test_forms_of_padding(padding):
+    x, weights, window = jnp.ones((1, 5, 6, 2)), normal(3, 3, 2, 2), np.array([3, 3])
+    want = masked_conv(x, weights, None, padding="SAME")
+    np.testing.assert_array_equal(masked_conv(x, weights, None, padding=padding), want)
+    sites = from_mask(x, SiteMask(jnp.ones((1, 1, 1), bool)), capacity=30)
+    out, kernel_map = convolution.strided_map(sites, window, 1, padding=padding)
+    np.testing.assert_allclose(
+        to_dense(out.with_feats(sparse_conv(sites.feats, weights, kernel_map))), want, rtol=1e-5, atol=1e-5
+    )
+
+
 def test_errors_name_what_is_wrong():
     sites = make()
     with pytest.raises(ValueError, match="needs odd sides"):
         subm_map(sites, 2)
     with pytest.raises(ValueError, match="duplicates is 'last'"):
         from_coords(*points((7, 9)), shape=(7, 9), batch_size=3, capacity=64, duplicates="last")
-    with pytest.raises(ValueError, match="coords float32"):
+    with pytest.raises(ValueError, match="coords is float32"):
         from_coords(jnp.zeros(1, int), jnp.array([[1.7]]), jnp.ones((1, 1)), **FOUR)
-    with pytest.raises(ValueError, match=r"weights have shape \(4, 4, 5\)"):
+    with pytest.raises(ValueError, match=r"weights have shape \(2, 2, 4, 5\)"):
         sparse_conv(sites.feats, normal(2, 2, 4, 5), subm_map(sites, 3))
     with pytest.raises(ValueError, match="groups must divide"):
         sparse_conv(sites.feats, normal(3, 3, 4, 5), subm_map(sites, 3), groups=2)
