@@ -1,11 +1,15 @@
 """Flax's convolution and batch norm for arrays of which only some sites count."""
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from sparsejax.convolution.masked import SiteMask, apply_mask
 from sparsejax.convolution.norms import masked_batch_norm
+from sparsejax.convolution.shapes import pads, per_dimension
 from sparsejax.convolution.tiles import TileSet, tile_conv
 
 
@@ -32,10 +36,11 @@ class MaskedConv(nnx.Conv):
     def __call__(
         self, inputs: jax.Array, mask: SiteMask | TileSet | None = None, *, mask_out: SiteMask | None = None
     ) -> jax.Array:
-        """Maps [samples, *spatial, in features] to [samples, *spatial, out features].
+        """Maps [..., *spatial, in features] to [..., *spatial, out features].
 
         Args:
-            inputs: the array; with a `TileSet` its active tiles, as `to_tiles` gives them.
+            inputs: the array, whose leading axes, none or several, are together the samples of a `SiteMask`; with a
+                `TileSet` its active tiles, as `to_tiles` gives them.
             mask: the active sites, or the tiles, which go on as `mask.strided(strides)`; None for an ordinary
                 convolution.
             mask_out: the output's active sites; by default those of `mask` at the output's resolution.
@@ -44,10 +49,14 @@ class MaskedConv(nnx.Conv):
             ValueError: with tiles, an option that `tile_conv` lacks.
         """
         if not isinstance(mask, TileSet):
-            return apply_mask(super().__call__(apply_mask(inputs, mask)), mask_out or mask)
+            lead = inputs.shape[: inputs.ndim - len(self.kernel_size) - 1]
+            x = inputs.reshape(math.prod(lead), *inputs.shape[len(lead) :])
+            y = super().__call__(apply_mask(x, mask))
+            y = apply_mask(y, mask if mask_out is None else mask_out)
+            return y.reshape(*lead, *y.shape[1:])
         lacking = {
-            "padding": self.padding == "SAME",
-            "input_dilation": self.input_dilation in (None, 1),
+            "padding": self._pads_like_tiles(mask),
+            "input_dilation": np.all(np.asarray(self.input_dilation or 1) == 1),
             "mask": self.mask is None,
             "mask_out": mask_out is None,
         }
@@ -67,6 +76,16 @@ class MaskedConv(nnx.Conv):
             dilation=self.kernel_dilation or 1,
             groups=self.feature_group_count,
         )
+
+    def _pads_like_tiles(self, tiles: TileSet) -> bool:
+        """Whether the padding is that of "SAME", also if it is given in numbers."""
+        if isinstance(self.padding, str):
+            return self.padding == "SAME"
+        shape = tuple(count * size for count, size in zip(tiles.grid, tiles.tile, strict=True))
+        steps = per_dimension("strides", self.strides or 1, len(shape))
+        spread = per_dimension("kernel_dilation", self.kernel_dilation or 1, len(shape))
+        sizes = shape, self.kernel_size, steps, spread
+        return pads(*sizes, self.padding) == pads(*sizes, "SAME")
 
 
 class MaskedBatchNorm(nnx.BatchNorm):
@@ -100,7 +119,7 @@ class MaskedBatchNorm(nnx.BatchNorm):
             mask: the active sites or tiles, or bool [..., 1] such as `sites.used`; None for all.
 
         Raises:
-            ValueError: with a mask, an `axis` other than the last, or `axis_index_groups`.
+            ValueError: with a mask, an `axis` other than the last, `axis_index_groups`, or another number of features.
         """
         if mask is None:
             return super().__call__(x, use_running_average)
@@ -110,6 +129,8 @@ class MaskedBatchNorm(nnx.BatchNorm):
                 f"use_running_average is {average}, axis {self.axis} and axis_index_groups {self.axis_index_groups}; "
                 "with a mask, the first must be True or False, the second -1 and the third None"
             )
+        if x.shape[-1] != self.num_features:
+            raise ValueError(f"x has {x.shape[-1]} features; this layer normalises {self.num_features}")
         if isinstance(mask, TileSet):
             mask = jnp.broadcast_to(mask.used.reshape(-1, *[1] * (x.ndim - 1)), (*x.shape[:-1], 1))
         scale, bias = (None if leaf is None else leaf[...] for leaf in (self.scale, self.bias))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sparsejax.convolution.checks import whole_number
 from sparsejax.convolution.site_conv import sparse_conv
 from sparsejax.convolution.site_maps import KernelMap, strided_map, subm_map
 from sparsejax.convolution.sites import Sites
@@ -33,6 +34,7 @@ class _SiteConv(nnx.Module):
         self.kernel_size = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
         self.kernel_dilation, self.feature_group_count = kernel_dilation, feature_group_count
         self.dtype, self.implementation = dtype, implementation
+        whole_number("feature_group_count", feature_group_count)
         if in_features % feature_group_count or out_features % feature_group_count:
             raise ValueError(
                 f"feature_group_count is {feature_group_count}; it must divide in_features {in_features} and "
@@ -142,8 +144,13 @@ class StridedSparseConv(_SiteConv):
             sites: with in_features features.
             out: the output's sites; with `kernel_map`, what `strided_map` gives. Both are made here if None.
             kernel_map: the map, which the way back (`InverseSparseConv`) needs too.
+
+        Raises:
+            ValueError: only one of `out` and `kernel_map` is given.
         """
-        if out is None or kernel_map is None:
+        if (out is None) != (kernel_map is None):
+            raise ValueError("give both out and kernel_map, as strided_map returns them, or neither")
+        if kernel_map is None:
             out, kernel_map = strided_map(
                 sites,
                 self.kernel_size,

@@ -1,5 +1,7 @@
 """Modules of sparse convolution hold the parameters of Flax's, and compute at active sites what those do."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -181,8 +183,39 @@ def test_computation_in_bfloat16():
     np.testing.assert_allclose(out.feats.astype(float), at(sites, dense(x)), atol=0.05)
 
 
+@pytest.mark.parametrize("lead", [(), (2, 3)])
+def test_masked_conv_takes_the_leading_axes_of_conv(lead):
+    layer = MaskedConv(4, 6, (3, 3), strides=2, rngs=nnx.Rngs(0))
+    samples = max(1, math.prod(lead))
+    x = jax.random.normal(jax.random.key(0), (samples, 8, 8, 4))
+    mask = SiteMask(jax.random.bernoulli(jax.random.key(1), 0.5, (samples, 4, 4)))
+    got = layer(x.reshape(*lead, 8, 8, 4), mask)
+    assert got.shape == (*lead, 4, 4, 6)
+    np.testing.assert_array_equal(got.reshape(samples, 4, 4, 6), layer(x, mask))
+
+
+@pytest.mark.parametrize(
+    "options", [{"input_dilation": (1, 1)}, {"padding": ((1, 1), (1, 1))}, {"padding": 1}], ids=str
+)
+def test_tiles_take_what_equals_same_padding(options):
+    tiles = tile_set(COARSE, 4, capacity=4)
+    x = to_tiles(image(), tiles)
+    layer, plain = (MaskedConv(4, 6, (3, 3), **each, rngs=nnx.Rngs(0)) for each in (options, {}))
+    np.testing.assert_array_equal(layer(x, tiles), plain(x, tiles))
+
+
 def test_what_does_not_fit_is_refused():
     tiles = tile_set(COARSE, 4, capacity=4)
+    with pytest.raises(ValueError, match="padding is 0, which tiles lack"):
+        MaskedConv(4, 4, (3, 3), padding=0, rngs=nnx.Rngs(0))(to_tiles(image(), tiles), tiles)
+    with pytest.raises(ValueError, match=r"wrap bool \(samples"):
+        MaskedConv(4, 4, (3, 3), rngs=nnx.Rngs(0))(image(), jnp.ones((2, 8, 8), bool))
+    with pytest.raises(ValueError, match="x has 4 features; this layer normalises 7"):
+        SiteBatchNorm(7, use_scale=False, use_bias=False, rngs=nnx.Rngs(0))(scattered()[1])
+    with pytest.raises(ValueError, match="feature_group_count is 0"):
+        SubmanifoldConv(4, 4, (3, 3), feature_group_count=0, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="give both out and kernel_map"):
+        StridedSparseConv(4, 4, (2, 2), 2, rngs=nnx.Rngs(0))(scattered()[1], scattered()[1])
     with pytest.raises(ValueError, match="padding is 'VALID', which tiles lack"):
         MaskedConv(4, 4, (3, 3), padding="VALID", rngs=nnx.Rngs(0))(to_tiles(image(), tiles), tiles)
     with pytest.raises(ValueError, match="axis 1 and"):
