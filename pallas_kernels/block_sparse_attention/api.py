@@ -172,7 +172,7 @@ def block_sparse_attention(
         sinks: [H], a logit in each softmax denominator that has no value. lse then counts it too.
         dropout: (rate, key) drops attention weights; the mask depends on key, head and element only.
         page_table: int32 [B, nk], for every key block the page that holds it. No gradient except on "reference".
-        kv_lengths: int32 [B], keys from this index on are masked.
+        kv_lengths: int32 [B], keys from this index on are masked; what is there, NaN too, has no effect.
         return_lse: also return Aux with lse.
         return_max_logit: fill Aux.max_logit, by a pass of its own over the tiles.
         block_stats: "max", "mean" or "sum" of attention weights over each listed tile, by a pass of its own, without

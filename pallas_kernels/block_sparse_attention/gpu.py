@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import compat
 from pallas_kernels.block_sparse_attention.lists import BlockLists
 from pallas_kernels.block_sparse_attention.options import Extras, Settings
-from pallas_kernels.block_sparse_attention.rules import pad_axis, positions
+from pallas_kernels.block_sparse_attention.rules import known_keys, pad_axis, positions
 from pallas_kernels.compat import gpu_load
 
 Array = Any
@@ -506,7 +506,8 @@ def forward(
         interpret: None, or `plgpu.InterpretGPUParams(...)` to run on any machine (JAX 0.12).
     """
     q_len = q.shape[1]
-    q, k, v = _to_blocks(q, lists.bq), _to_blocks(k, lists.bk), _to_blocks(v, lists.bk)
+    k, v = (_to_blocks(known_keys(x, extras.kv_lengths), lists.bk) for x in (k, v))
+    q = _to_blocks(q, lists.bq)
     batch, rows, heads, dim = q.shape
     chunk = 2 * ROWS
     plan = _plan(lists, extras, settings, q, k, chunk, False, interpret)
@@ -549,7 +550,7 @@ def backward(
     delta = jnp.einsum("bqhd,bqhd->bhq", o.astype(jnp.float32), do.astype(jnp.float32)) - dlse
     base2 = jnp.where(lse != -jnp.inf, lse * LOG2E, NOTHING)
     q, do = _to_blocks(q, lists.bq), _to_blocks(do.astype(q.dtype), lists.bq)
-    k, v = _to_blocks(k, lists.bk), _to_blocks(v, lists.bk)
+    k, v = (_to_blocks(known_keys(x, extras.kv_lengths), lists.bk) for x in (k, v))
     # Rows past the end have do = delta = 0, and every finite lse makes their gradients vanish.
     lse, delta = (pad_axis(x, q.shape[1], 2).astype(jnp.float32) for x in (base2, delta))
     matrices = {"q": q, "k": k, "v": v, "do": do, "lse": lse, "delta": delta}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.block_sparse_attention.lists import BlockLists
 from pallas_kernels.block_sparse_attention.options import Extras, Settings, keep_mask
-from pallas_kernels.block_sparse_attention.rules import dense_mask, positions
+from pallas_kernels.block_sparse_attention.rules import dense_mask, known_keys, positions
 
 Array = Any
 MAX_SCORES = 2**30
@@ -17,7 +17,7 @@ def supports(q: Array, k: Array, v: Array, lists: BlockLists, extras: Extras, se
     """None, or why this path refuses the call."""
     del v, k, extras, settings
     scores = q.shape[0] * q.shape[2] * lists.q_len * lists.kv_len
-    if scores > MAX_SCORES:
+    if isinstance(scores, int) and scores > MAX_SCORES:  # jax.export can leave sizes open
         return f"the dense score matrix would have {scores} elements, more than {MAX_SCORES}"
     return None
 
@@ -64,6 +64,7 @@ def forward(q: Array, k: Array, v: Array, lists: BlockLists, extras: Extras, set
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     if extras.page_table is not None:
         k, v = (x[extras.page_table].reshape(batch, -1, *x.shape[2:])[:, : lists.kv_len] for x in (k, v))
+    k, v = (known_keys(x, extras.kv_lengths) for x in (k, v))
     s, mask = logits_and_mask(q, k, lists, extras, settings, dtype)
     s = jnp.where(mask, s, -jnp.inf)
     top = jax.lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True, initial=-jnp.inf))

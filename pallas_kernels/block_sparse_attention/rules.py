@@ -29,6 +29,14 @@ def pad_axis(x: Array, size: int, axis: int) -> Array:
     return jnp.pad(x, widths)
 
 
+def known_keys(x: Array, kv_lengths: Array | None) -> Array:
+    """Keys or values [B, Sk, ...] with 0 from `kv_lengths` [B] on: weights of 0 there would not hide NaN."""
+    if kv_lengths is None:
+        return x
+    known = jnp.arange(x.shape[1]) < kv_lengths[:, None]
+    return jnp.where(known.reshape(known.shape + (1,) * (x.ndim - 2)), x, 0)
+
+
 def unpack_bits(bits: Array, bk: int) -> Array:
     """uint8 [..., ceil(bk / 8)] -> bool [..., bk], least significant bit first."""
     wide = (bits[..., None] >> jnp.arange(8, dtype=jnp.uint8)) & 1

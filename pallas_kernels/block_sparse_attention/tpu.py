@@ -23,7 +23,7 @@ from pallas_kernels import compat
 from pallas_kernels.block_sparse_attention import flat
 from pallas_kernels.block_sparse_attention.lists import BlockLists
 from pallas_kernels.block_sparse_attention.options import Extras, Settings, keep_mask
-from pallas_kernels.block_sparse_attention.rules import pad_axis, positions
+from pallas_kernels.block_sparse_attention.rules import known_keys, pad_axis, positions
 
 Array = Any
 
@@ -666,6 +666,7 @@ def forward(
         q, k, v, lists, extras, settings: as `supports` accepts them.
         interpret: what `pallas_call` takes: True or `pltpu.InterpretParams(...)` run on any machine.
     """
+    k, v = (known_keys(x, extras.kv_lengths) for x in (k, v))
     qh, kh, vh = _heads_first(q, lists.bq), _heads_first(k, lists.bk), _heads_first(v, lists.bk)
     rows, dv = qh.shape[2], v.shape[3]
 
@@ -712,6 +713,7 @@ def backward(
     """
     lists = lists.transposed()
     bq, bk = lists.bq, lists.bk
+    k, v = (known_keys(x, extras.kv_lengths) for x in (k, v))
     qh, kh, vh = _heads_first(q, bq), _heads_first(k, bk), _heads_first(v, bk)
     doh = _heads_first(do.astype(q.dtype), bq)
     delta = jnp.einsum("bqhd,bqhd->bhq", o.astype(jnp.float32), do.astype(jnp.float32)) - dlse

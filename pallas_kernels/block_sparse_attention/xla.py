@@ -48,7 +48,8 @@ class _Layout:
         split = heads // kv_heads if lists.idx.shape[1] == heads else 1
         tile = heads // kv_heads * lists.bq * lists.bk
         total = batch * kv_heads
-        together = max((n for n in range(1, total + 1) if total % n == 0 and n * tile <= _STEP_SCORES), default=1)
+        known = total if isinstance(total, int) else kv_heads  # jax.export can leave the batch open
+        together = max((n for n in range(1, known + 1) if known % n == 0 and n * tile <= _STEP_SCORES), default=1)
         slots = max(1, min(_STEP_SLOTS, lists.width, _STEP_SCORES // (together * tile)))
         blocks = 1
         if slots == lists.width:
@@ -209,7 +210,17 @@ class _Call:
             tiles = (self.k if name == "k" else self.v)[page, :, kv_head]
         else:
             tiles = chunk[name][self.layout.owner()[:, None] // self.layout.split, ids]
-        return tiles.reshape(self.layout.lanes, -1, tiles.shape[-1])
+        tiles = tiles.reshape(self.layout.lanes, -1, tiles.shape[-1])
+        if self.extras.kv_lengths is not None:
+            # Weights of 0 would not hide NaN.
+            known = self.key_indices(ids) < self.extras.kv_lengths[chunk["batch"]][:, None]
+            tiles = jnp.where(known[..., None], tiles, 0)
+        return tiles
+
+    def key_indices(self, ids: Array) -> Array:
+        """[lanes, U * bk] of the tiles `ids` [lanes, U]."""
+        bk = self.lists.bk
+        return (ids[:, :, None] * bk + jnp.arange(bk)).reshape(self.layout.lanes, -1)
 
     def cut_bias(self, bias: Array) -> Array:
         """[b, h, Sq or 1, Sk or 1] -> [b, h, nq or 1, bq or 1, nk or 1, bk or 1]."""
@@ -273,7 +284,7 @@ class _Call:
             tile_bias = jax.lax.dynamic_slice_in_dim(row["block_bias"], j * u, u, axis=1)
             s = s + wide(tile_bias.astype(self.dtype))
 
-        keys = (ids[:, :, None] * bk + jnp.arange(bk)).reshape(layout.lanes, u * bk)
+        keys = self.key_indices(ids)
         limit = lists.kv_len
         if extras.kv_lengths is not None:
             limit = jnp.minimum(limit, extras.kv_lengths[chunk["batch"]])[:, None]

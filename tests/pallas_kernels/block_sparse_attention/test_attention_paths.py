@@ -1,6 +1,7 @@
 """The dense reference against a few lines of numpy, the XLA path against the reference, and how options are checked."""
 
 import dataclasses
+import shutil
 
 import attention_zoo as zoo
 import jax
@@ -19,6 +20,7 @@ from pallas_kernels.block_sparse_attention import (
     xla,
 )
 
+COMPILER = any(map(shutil.which, ("g++", "clang++", "c++")))
 QUICK = settings(max_examples=5, deadline=None)
 
 
@@ -92,6 +94,35 @@ def test_values_that_are_nan_stay_out_of_queries_without_keys():
         np.testing.assert_array_equal(x[:, 8:16], 0)
         assert np.isnan(x[:, :8]).all()
         assert np.isfinite(x[:, 16:]).all()
+
+
+@pytest.mark.parametrize("name", ["reference", "xla"])
+def test_the_batch_stays_open_in_exported_programs(name):
+    lists, q, k, v = simple(batch=3, heads=4, kv_heads=2)
+
+    @jax.jit
+    def attend(q, k, v):
+        return block_sparse_attention(q, k, v, lists, implementation=name)
+
+    (batch,) = jax.export.symbolic_shape("batch")
+    program = jax.export.export(attend)(*(jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in (q, k, v)))
+    np.testing.assert_allclose(program.call(q, k, v), attend(q, k, v), atol=1e-6)
+
+
+@pytest.mark.parametrize("q_len", [1, 24])
+@pytest.mark.parametrize("name", ["reference", "xla", "native"])
+def test_what_lies_behind_the_lengths_has_no_effect(name, q_len):
+    if name == "native" and not COMPILER:
+        pytest.skip("no C++ compiler; its refusal is tested")
+    lists, q, k, v = simple(tiles=np.full((-(-q_len // 8), 3), 2), elem=None, q_len=q_len)
+    lengths = jnp.full(len(q), 13, jnp.int32)
+
+    def loss(q, k, v):
+        return (block_sparse_attention(q, k, v, lists, kv_lengths=lengths, implementation=name) ** 2).sum()
+
+    want = jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
+    got = jax.value_and_grad(loss, (0, 1, 2))(q, k.at[:, 13:].set(jnp.nan), v.at[:, 13:].set(jnp.nan))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16])
