@@ -236,7 +236,7 @@ def active_sites(x: jax.Array, mask: SiteMask | None) -> jax.Array:
     if mask is None:
         return jnp.ones((*x.shape[:-1], 1), bool)
     if not isinstance(mask, SiteMask):
-        raise ValueError(f"the mask is a {type(mask).__name__}; wrap bool (samples, *grid) in SiteMask(...)")
+        raise ValueError(f"the mask is of type {type(mask).__name__}; wrap bool (samples, *grid) in SiteMask(...)")
     there = mask.at(x.shape[1:-1])[..., None]
     if len(there) not in (1, len(x)):
         raise ValueError(f"the mask is of {len(there)} samples; x of shape {x.shape} needs {len(x)}, or one for all")

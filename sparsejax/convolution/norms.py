@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.sparse_conv.reference import rows_of
 from sparsejax.convolution.checks import check_array, check_features, whole_number
 from sparsejax.convolution.masked import SiteMask, active_sites
 from sparsejax.convolution.sites import Sites
@@ -169,7 +170,7 @@ def sites_group_norm(
         total = total.at[sites.batch].add(jnp.sum(values, axis=-1), mode="drop", indices_are_sorted=True)
         number = jnp.zeros(sites.batch_size, feats.dtype).at[sites.batch].add(1, mode="drop", indices_are_sorted=True)
         means = total / jnp.maximum(number * split.shape[-1], 1)[:, None]
-        return jnp.take(means, sites.batch, axis=0, mode="fill", fill_value=0)[..., None]
+        return rows_of(means, sites.batch)[..., None]
 
     centred = jnp.where(sites.used[..., None], split - mean(split), 0)
     y = _scaled((centred * jax.lax.rsqrt(mean(centred**2) + epsilon)).reshape(feats.shape), scale, bias)

@@ -124,8 +124,8 @@ def look_up(
         int32 (...): the row, n for what is not there.
     """
     count = len(keys)
-    if count == 0:
-        return jnp.zeros(wanted.shape, jnp.int32)
+    if count == 0 or samples == 0:
+        return jnp.full(wanted.shape, count, jnp.int32)
     if grid:
         at = jnp.where(batch < samples, batch * size + keys, samples * size)
         table = jnp.full(samples * size, count, jnp.int32).at[at].set(jnp.arange(count, dtype=jnp.int32), mode="drop")

@@ -19,6 +19,7 @@ from sparsejax.convolution import (
     masked_global_pool,
     masked_pool,
     sites_global_pool,
+    sites_group_norm,
     sparse_conv,
     sparse_pool,
     tile_conv,
@@ -28,6 +29,7 @@ from sparsejax.convolution import (
 from sparsejax.nn import SubmanifoldConv
 
 RANDOM = np.random.default_rng(0)
+SEARCHES = ("native", "grid", "bisect")[not COMPILER :]
 FOUR = {"shape": (4,), "batch_size": 2, "capacity": 3}
 
 
@@ -111,9 +113,7 @@ def test_numbers_beyond_int32_are_outside(kind):
 @pytest.mark.parametrize("shape", [(40,), slow((4, 5, 6))])
 def test_all_searches_make_one_map(shape):
     sites = make(shape, 70, count=40)
-    first, *others = (
-        jax.tree.leaves(strided_map(sites, 3, 2, search=s)) for s in ("native", "grid", "bisect")[not COMPILER :]
-    )
+    first, *others = (jax.tree.leaves(strided_map(sites, 3, 2, search=s)) for s in SEARCHES)
     for other in others:
         for a, b in zip(first, other, strict=True):
             np.testing.assert_array_equal(a, b)
@@ -224,10 +224,18 @@ def test_an_empty_sample_and_no_sites_at_all():
     assert int(nothing.count) == 0
     assert not np.any(sparse_conv(nothing.feats, jnp.ones((3, 2, 1)), subm_map(nothing, 3), bias=jnp.ones(1)))
     assert int(strided_map(nothing, 2, 2)[0].count) == 0
-    assert from_mask(jnp.ones((0, 4, 1)), jnp.ones((0, 4), bool), capacity=2).count == 0
 
 
-@pytest.mark.parametrize("search", ["native", "grid", "bisect"][not COMPILER :])
+@pytest.mark.parametrize("search", SEARCHES)
+def test_batches_without_samples(search):
+    sites = from_mask(jnp.ones((0, 4, 1)), jnp.ones((0, 4), bool), capacity=2)
+    assert int(sites.count) == 0
+    np.testing.assert_array_equal(convolution.subm_map(sites, 3, search=search).fwd, np.full((3, 2), 2))
+    assert not np.any(sites_group_norm(sites, 1))
+    assert sites_global_pool(sites).shape == (0, 1)
+
+
+@pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("implementation", ["reference", "xla", "native"][: 2 + COMPILER])
 @pytest.mark.parametrize("rows", [(0, 2), (2, 0), (0, 0)])
 def test_lists_without_rows(rows, implementation, search):
