@@ -19,7 +19,7 @@ from pathlib import Path
 
 from experiments.chips import CHIPS, Chip
 from experiments.experiment import UsageError
-from experiments.sharding import MESH_AXES, fill_mesh
+from experiments.sharding import fill_mesh, make_mesh
 from pallas_kernels import aot
 
 BYTE_POD = "byte_pod"
@@ -141,16 +141,12 @@ def _reason(errors: str) -> str:
 
 def _work(job: dict) -> None:
     """The process that compiles: prints one line of JSON."""
-    import numpy as np
-    from jax.sharding import AxisType, Mesh
-
     from sparsejax.analysis.trace_products import count_products
 
     target = Target(**{**job["target"], "mesh": tuple(job["target"]["mesh"])})
     chip, _ = parse_target(target.target)
     devices = _devices(target.target)
-    shape = fill_mesh(target.mesh, len(devices))
-    mesh = Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = make_mesh(target.mesh, devices=devices)
     began = time.perf_counter()
     make = _byte_pod if job["name"] == BYTE_POD else _experiment
     traced, context, facts = make(job, mesh)
@@ -172,7 +168,7 @@ def _work(job: dict) -> None:
                 "name": job["name"],
                 "target": target.target,
                 "chips": len(devices),
-                "mesh": list(shape),
+                "mesh": list(mesh.devices.shape),
                 **facts,
                 "state_bytes": held,
                 "temporary_bytes": memory.temp_size_in_bytes,

@@ -15,6 +15,7 @@ from typing import Literal
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from experiments.experiment import UsageError
@@ -173,7 +174,34 @@ def make_mesh(shape: tuple[int, int, int], axis_types: Literal["auto", "explicit
             "processes; make it a multiple of them"
         )
     kind = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}[axis_types]
-    return jax.make_mesh(filled, MESH_AXES, axis_types=(kind,) * 3, devices=devices[: math.prod(filled)])
+    grid = place_devices(filled, devices[: math.prod(filled)])
+    return Mesh(grid, MESH_AXES, axis_types=(kind,) * 3)
+
+
+def place_devices(shape: tuple[int, int, int], devices) -> np.ndarray:
+    """Puts devices where neighbours along a mesh axis are near each other in the network.
+
+    `jax.make_mesh` does so too, but on most TPUs for meshes only whose axes are whole axes of the slice, and for one
+    slice only; here several slices split `data`.
+
+    Args:
+        shape: devices along `data`, `fsdp` and `tensor`.
+        devices: as many devices as that, present or of a topology.
+
+    Returns:
+        The devices, an object array of this shape.
+
+    Raises:
+        UsageError: the slices do not divide `data`.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
+    if slices < 2:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    data, fsdp, tensor = shape
+    if data % slices:
+        raise UsageError(f"mesh is {shape}: data = {data} is split over {slices} slices; make it a multiple of them")
+    inside = (data // slices, fsdp, tensor)
+    return mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, allow_split_physical_axes=True)
 
 
 def fill_mesh(shape: tuple[int, int, int], devices: int, *, exactly: bool = True) -> tuple[int, int, int]:

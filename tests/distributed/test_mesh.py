@@ -1,6 +1,7 @@
 """Given the same gradients, masks and weights on a mesh are those of one device, bit for bit."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import sparsejax
 from experiments.configs import digits_conv
 from experiments.configs.bytes_lm import EXPERIMENT
 from experiments.experiment import UsageError
-from experiments.sharding import BATCH, Layout, make_mesh
+from experiments.sharding import BATCH, Layout, make_mesh, place_devices
 from experiments.storage import BlocksOnMesh
 from experiments.variant import Variant
 from sparsejax.masks.paths import named_leaves
@@ -172,6 +173,44 @@ def test_batch_statistics_beside_stored_blocks_are_those_of_the_whole_batch():
     assert jax.tree.leaves(ends[0][1])
     for one, eight in zip(*map(jax.tree.leaves, ends), strict=True):
         np.testing.assert_allclose(eight, one, rtol=1e-4, atol=1e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a mesh is made from of a TPU v5p that is not here."""
+
+    id: int
+    coords: tuple[int, int, int]
+    process_index: int
+    slice_index: int = 0
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+
+
+def pod(x: int, y: int, z: int, slices: int = 1) -> list[Chip]:
+    """The chips of slices of one shape; a host has 2 x 2 x 1 of them."""
+    hosts = x * y * z // 4
+    return [
+        Chip(i, (a, b, c), s * hosts + (c * y // 2 + b // 2) * x // 2 + a // 2, s)
+        for i, (s, c, b, a) in enumerate(itertools.product(range(slices), range(z), range(y), range(x)))
+    ]
+
+
+@pytest.mark.parametrize("shape", [(-1, 16, 1), (-1, 8, 1), (-1, 8, 2)])
+def test_mesh_axes_may_split_an_axis_of_the_slice(shape):
+    there = pod(4, 4, 8)
+    mesh = make_mesh(shape, devices=there)
+    assert mesh.devices.shape == (128 // (shape[1] * shape[2]), *shape[1:])
+    assert sorted(chip.id for chip in mesh.devices.flat) == list(range(128))
+
+
+def test_several_slices_split_data():
+    placed = place_devices((4, 8, 1), pod(2, 2, 4, slices=2))
+    assert {chip.slice_index for chip in placed[:2].flat} == {0}
+    assert {chip.slice_index for chip in placed[2:].flat} == {1}
+    with pytest.raises(UsageError, match=r"mesh is \(1, 32, 1\): data = 1 is split over 2 slices"):
+        place_devices((1, 32, 1), pod(2, 2, 4, slices=2))
 
 
 def test_a_batch_must_divide_over_the_mesh():
