@@ -151,7 +151,9 @@ class Layout:
 
 
 def make_mesh(shape: tuple[int, int, int], axis_types: Literal["auto", "explicit"] = "auto", devices=None) -> Mesh:
-    """Makes a mesh of devices.
+    """Makes a mesh of devices, in which those along `tensor` are of one process: processes read different rows.
+
+    Where the best places in the network are others, devices lie in the order of their processes.
 
     Args:
         shape: devices along `data`, `fsdp` and `tensor`; at most one may be -1, which takes all that are left.
@@ -159,7 +161,7 @@ def make_mesh(shape: tuple[int, int, int], axis_types: Literal["auto", "explicit
         devices: by default all; one process may use the first few of them, several use all.
 
     Raises:
-        UsageError: the shape does not fit the devices.
+        UsageError: the shape does not fit the devices, or `tensor` those of a process.
 
     Example:
         >>> make_mesh((1, 1, 1)).axis_names
@@ -168,14 +170,18 @@ def make_mesh(shape: tuple[int, int, int], axis_types: Literal["auto", "explicit
     devices = list(jax.devices() if devices is None else devices)
     processes = len({device.process_index for device in devices})
     filled = fill_mesh(shape, len(devices), exactly=processes > 1)
-    if filled[0] * filled[1] % processes:
-        raise UsageError(
-            f"mesh is {shape}: data x fsdp = {filled[0] * filled[1]} parts of a batch cannot be read by {processes} "
-            "processes; make it a multiple of them"
-        )
     kind = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}[axis_types]
-    grid = place_devices(filled, devices[: math.prod(filled)])
-    return Mesh(grid, MESH_AXES, axis_types=(kind,) * 3)
+    placed = place_devices(filled, devices[: math.prod(filled)])
+    if _shares_rows(placed):
+        of_process = sorted(devices, key=lambda device: (device.process_index, device.id))
+        placed = np.array(of_process, dtype=object).reshape(filled)
+    if _shares_rows(placed):
+        raise UsageError(
+            f"mesh is {shape}: the {filled[2]} devices along tensor need the same rows of a batch, and would be of "
+            "several processes, which read different ones; make tensor a divisor of "
+            f"{len(devices) // processes}, the devices of a process"
+        )
+    return Mesh(placed, MESH_AXES, axis_types=(kind,) * 3)
 
 
 def place_devices(shape: tuple[int, int, int], devices) -> np.ndarray:
@@ -202,6 +208,11 @@ def place_devices(shape: tuple[int, int, int], devices) -> np.ndarray:
         raise UsageError(f"mesh is {shape}: data = {data} is split over {slices} slices; make it a multiple of them")
     inside = (data // slices, fsdp, tensor)
     return mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, allow_split_physical_axes=True)
+
+
+def _shares_rows(placed: np.ndarray) -> bool:
+    """Whether some devices that need the same rows of a batch are of different processes."""
+    return any(len({device.process_index for device in along}) > 1 for along in placed.reshape(-1, placed.shape[-1]))
 
 
 def fill_mesh(shape: tuple[int, int, int], devices: int, *, exactly: bool = True) -> tuple[int, int, int]:

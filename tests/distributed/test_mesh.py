@@ -205,6 +205,21 @@ def test_mesh_axes_may_split_an_axis_of_the_slice(shape):
     assert sorted(chip.id for chip in mesh.devices.flat) == list(range(128))
 
 
+@pytest.mark.parametrize("shape", [(4, 4, 4), (8, 4, 2), (64, 1, 1), (1, 16, 4)])
+def test_devices_along_tensor_are_of_one_process(shape):
+    """`Layout.place_batch` puts as many rows on the devices of every process."""
+    placed = make_mesh(shape, devices=pod(4, 4, 4)).devices
+    assert placed.shape == shape
+    for along in placed.reshape(-1, shape[2]):
+        assert len({chip.process_index for chip in along}) == 1
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 8), (-1, 2, 16), (1, 1, -1)])
+def test_tensor_over_several_processes_is_refused(shape):
+    with pytest.raises(UsageError, match="make tensor a divisor of 4, the devices of a process"):
+        make_mesh(shape, devices=pod(4, 4, 4))
+
+
 def test_several_slices_split_data():
     placed = place_devices((4, 8, 1), pod(2, 2, 4, slices=2))
     assert {chip.slice_index for chip in placed[:2].flat} == {0}
