@@ -4,8 +4,9 @@
 #   CLUSTER=my-cluster ZONE=us-east5-a PROJECT=my-project TPU_TYPE=v5p-1024 BUCKET=gs://my-bucket/runs \
 #     experiments/launch/gke.sh run bytes_lm --mesh -1 16 1
 #
-# xpk makes an image of the working tree on top of BASE_IMAGE, of Debian. Kubernetes starts all workers again after a
-# failure or preemption, and the run goes on from its newest checkpoint. BUCKET is mounted with gcsfuse under /runs.
+# xpk makes an image of the working tree on top of BASE_IMAGE, of Debian. Kubernetes starts all workers again after an
+# error or preemption, and the run goes on from its newest checkpoint; by default xpk restarts after 42 and 127 to 255
+# only, and 1 and 75 are what the run ends with (README.md). BUCKET is mounted with gcsfuse under /runs.
 # DRY_RUN=1 prints the command only.
 set -euo pipefail
 : "${CLUSTER:?name of the cluster}" "${ZONE:?its zone}" "${PROJECT:?the project}" "${TPU_TYPE:?such as v5p-1024}"
@@ -35,4 +36,4 @@ xpk workload create \
     --cluster "$CLUSTER" --zone "$ZONE" --project "$PROJECT" \
     --workload "${WORKLOAD:-sparsejax-${2//_/-}}" --tpu-type "$TPU_TYPE" --num-slices "${SLICES:-1}" \
     --base-docker-image "${BASE_IMAGE:-python:3.12-bookworm}" --script-dir "$root" \
-    --max-restarts "${RESTARTS:-100}" --command "$command"
+    --max-restarts "${RESTARTS:-100}" --restart-on-exit-codes 1,75 --command "$command"

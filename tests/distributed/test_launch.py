@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from experiments.launch import local
+from experiments.machines import PREEMPTED
+from experiments.processes import LATE
 
 LAUNCH = Path(local.__file__).parent
 CLOUD = {
@@ -36,6 +38,13 @@ def test_arguments_reach_the_workers_as_they_were_given(script):
     assert words[:2] == ["-m", "experiments"]
     assert words[2 : 2 + len(arguments)] == arguments
     assert words[2 + len(arguments) :][2:4] == ["--coordinator", "auto"]
+
+
+def test_xpk_restarts_what_a_run_can_go_on_after():
+    """By itself it restarts after 42 and 127 to 255 only."""
+    words = shlex.split(dry("gke.sh", "run", "bytes_lm").stdout.splitlines()[-1])
+    codes = words[words.index("--restart-on-exit-codes") + 1].split(",")
+    assert set(map(int, codes)) == {1, PREEMPTED, LATE}
 
 
 @pytest.mark.parametrize("script", CLOUD)
