@@ -77,13 +77,15 @@ def parse_target(target: str) -> tuple[Chip, int]:
     return chip, count
 
 
-def _devices(target: str):
+def target_devices(target: str):
     """The devices of a target, as the compiler describes them."""
     from jax.experimental import topologies
 
     chip, count = parse_target(target)
     if chip.platform == "tpu":
-        return topologies.get_topology_desc(platform="tpu", topology_name=target).devices
+        # The two cores of a v4 are one device to JAX on a slice, and two to the compiler unless it is told.
+        cores = {"chip_config_name": "megacore"} if chip.name == "v4" else {}
+        return topologies.get_topology_desc(platform="tpu", topology_name=target, **cores).devices
     shape = f"1x{-(-count // GPUS)}x{min(count, GPUS)}"
     return topologies.get_topology_desc("", platform="cuda", target_config=aot.H200, topology=shape).devices
 
@@ -145,7 +147,7 @@ def _work(job: dict) -> None:
 
     target = Target(**{**job["target"], "mesh": tuple(job["target"]["mesh"])})
     chip, _ = parse_target(target.target)
-    devices = _devices(target.target)
+    devices = target_devices(target.target)
     mesh = make_mesh(target.mesh, devices=devices)
     began = time.perf_counter()
     make = _byte_pod if job["name"] == BYTE_POD else _experiment

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -135,6 +138,17 @@ def test_targets_and_meshes_that_do_not_exist_are_refused():
         fill_mesh((-1, -1, 1), 8)
     with pytest.raises(UsageError, match=r"the product must be 8"):
         make_mesh((4, 4, 1))
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("target", ["v4:2x2x1", "v5p:2x2x4", "v5e:2x4"])
+def test_the_compiler_has_a_device_for_each_chip_of_a_target(target):
+    if lacking := aot.missing("v5e"):
+        pytest.skip(lacking)
+    code = f"from experiments.compile import target_devices; print(len(target_devices({target!r})))"
+    environment = os.environ | aot.environment(target.partition(":")[0])
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == [str(parse_target(target)[1])], done.stderr
 
 
 @pytest.mark.aot
