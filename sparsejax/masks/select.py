@@ -213,7 +213,9 @@ def _search(
         above = jnp.max(jnp.where(reached, above, counts))
         return low, jnp.minimum(high, low + (step - dtype.type(1))), at_least, above
 
-    start = (jnp.zeros((), dtype), jnp.asarray(largest), candidates, jnp.int32(0))
+    # Worked out from an argument: constants that a mapped loop starts from have no mesh in their type.
+    zero = candidates * 0
+    start = (zero.astype(dtype), zero.astype(dtype) + largest, candidates, zero)
     low, _, at_least, above = lax.while_loop(unsettled, narrow, start)
     return low, at_least, above
 

@@ -192,7 +192,7 @@ def _swap(views, counts: Counts, drop, grow, active, fraction):
         kept = view.over_layers(lambda s, n, m: select_top(s, n, where=m))(
             after(done, drop[path]), nnz - share_floor(nnz, fraction), before
         )
-        target = jnp.broadcast_to(jnp.asarray(counts.layers.get(path, nnz), jnp.int32), nnz.shape)
+        target = _of_layers(counts.layers.get(path, nnz), nnz)
         done = jnp.sum(view.count(kept))
         swapped[path] = view.over_layers(view.structure.refill)(after(done, grow[path]), kept, target)
         done = jnp.sum(view.count(swapped[path]))
@@ -203,6 +203,11 @@ def _swap(views, counts: Counts, drop, grow, active, fraction):
         )
         swapped |= {path: swapped[path] | more for path, more in zip(counts.pool, extra, strict=True)}
     return swapped
+
+
+def _of_layers(count, like):
+    """A count for each layer, sharded as the layers are: to map over them, all arguments must agree."""
+    return match_sharding(jnp.broadcast_to(jnp.asarray(count, jnp.int32), like.shape), like)
 
 
 def choose_units(views, counts: Counts, scores, where):
@@ -220,8 +225,8 @@ def choose_units(views, counts: Counts, scores, where):
     chosen, done = {}, jnp.zeros([], jnp.int32)
     for path, count in counts.layers.items():
         view = views[path]
-        count = jnp.broadcast_to(jnp.asarray(count, jnp.int32), view.batch) if view.batch else count
         candidates = jnp.ones_like(scores[path], dtype=bool) if where[path] is None and view.batch else where[path]
+        count = _of_layers(count, view.count(candidates)) if view.batch else count
         choose = view.over_layers(lambda s, n, m, structure=view.structure: structure.choose(s, n, where=m))
         chosen[path] = choose(after(done, scores[path]), count, candidates)
         done = jnp.sum(view.count(chosen[path]))
