@@ -22,6 +22,7 @@ from sparsejax.manifest import (
     CheckpointError,
     DamagedCheckpointError,
     LeafRecord,
+    as_saved,
     check_layout,
     data_checksums,
     describe,
@@ -168,7 +169,8 @@ class Checkpointer:
         Args:
             abstract_state: the tree to restore: arrays or `jax.ShapeDtypeStruct`s with the shapes, dtypes and
                 shardings wanted, for example `jax.eval_shape(make_state)`. Leaves without a sharding go to the first
-                local device. Numpy arrays and Python numbers come back as such.
+                local device. Numpy arrays and Python numbers come back as such, also an int or float that
+                `jax.eval_shape` has made a 32-bit scalar.
             data: the iterator to set to the saved position; it is left as it was if restoring fails.
             step: the step to read; None reads the newest.
             partial: read only the leaves that `abstract_state` has, though more are saved.
@@ -215,7 +217,7 @@ class Checkpointer:
 
     def _restore(self, abstract_state, data, step: int, partial: bool):
         saved, position = self._manifest(step)
-        wanted = leaves_by_name(abstract_state)
+        wanted = {name: as_saved(leaf, saved.get(name)) for name, leaf in leaves_by_name(abstract_state).items()}
         check_layout(self._name(step), saved, wanted, partial)
         if data is not None and position is None:
             raise CheckpointError(f"{self._name(step)} was saved without data=, so it cannot set the iterator")

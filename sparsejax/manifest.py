@@ -126,6 +126,27 @@ def dtype_name(leaf) -> str:
     return _SCALARS[type(leaf)] if type(leaf) in _SCALARS else str(leaf.dtype)
 
 
+def as_saved(leaf, record: LeafRecord | None):
+    """A leaf asked for, as it was saved: a Python number where `jax.eval_shape` narrowed one to a 32-bit scalar.
+
+    Args:
+        leaf: array, abstract array or Python number.
+        record: of the saved leaf, or None.
+
+    Returns:
+        0 or 0.0 for an abstract int32 or float32 scalar that was saved with the 64 bits of a Python number, else the
+        leaf itself.
+
+    Example:
+        >>> as_saved(jax.eval_shape(lambda: 7), describe({"count": 7})["count"])
+        0
+    """
+    if record is None or not isinstance(leaf, jax.ShapeDtypeStruct) or leaf.shape or record.shape:
+        return leaf
+    narrowed = {("int64", "int32"): 0, ("float64", "float32"): 0.0}
+    return narrowed.get((record.dtype, dtype_name(leaf)), leaf)
+
+
 def data_checksums(data) -> list[int]:
     """Checksum of the position (`get_state()`) of a data iterator, one for every process.
 

@@ -172,6 +172,18 @@ def test_restores_from_abstract_arrays(tmp_path):
         assert_bit_equal(checkpoints.restore(jax.eval_shape(lambda: state)), state)
 
 
+def test_python_numbers_come_back_whole_where_eval_shape_narrows_them(tmp_path):
+    state = {"flops": 2**31 - 1, "temperature": 0.1, "count": jnp.int32(3), "seen": 5}
+    with Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(1, state)
+        restored = checkpoints.restore(jax.eval_shape(lambda: state))
+        assert restored == state
+        assert [type(restored[name]) for name in ("flops", "temperature", "seen")] == [int, float, int]
+        for other, message in [(jnp.float32, "int64.*float32"), (jnp.int8, "int64.*int8")]:
+            with pytest.raises(CheckpointError, match=message):
+                checkpoints.restore(jax.eval_shape(lambda: state) | {"seen": jax.ShapeDtypeStruct((), other)})
+
+
 @pytest.mark.parametrize("pure", [True, False])
 def test_flax_states_come_back(tmp_path, pure):
     model = nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), nnx.BatchNorm(3, rngs=nnx.Rngs(1)))
