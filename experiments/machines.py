@@ -12,6 +12,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from experiments import processes
+from experiments.experiment import UsageError
 from experiments.sharding import Layout, make_mesh
 
 PREEMPTED = 75  # exit status of a run that has saved and stopped: of sysexits.h, "try again"
@@ -44,9 +45,18 @@ class Machines:
         return not self.coordinator or jax.process_index() == 0
 
     def start(self) -> None:
-        """Joins the other processes; before anything else is done with JAX."""
+        """Joins the other processes; before anything else is done with JAX.
+
+        Raises:
+            UsageError: the processes do not fit each other.
+        """
         if self.coordinator:
             processes.start(self.coordinator, self.processes, self.process)
+        elif self.processes or self.process:
+            raise UsageError(
+                f"processes is {self.processes} and process {self.process}, but without --coordinator there is one: "
+                "give --coordinator host:port, or start all with python -m experiments.launch.local"
+            )
 
     def layout(self) -> Layout | None:
         """Where arrays lie; None where one device has them all."""

@@ -42,11 +42,22 @@ def start(coordinator: str, count: int, index: int) -> None:
         index: which of them this one is, from 0; not for `auto`.
 
     Raises:
-        UsageError: the index does not fit the count.
+        UsageError: the count or the index is missing or does not fit, or there is no such cluster.
     """
     if coordinator == "auto":
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:  # where no cluster is found, the first thing that is missing
+            raise UsageError(
+                f"--coordinator auto finds no Cloud TPU, GKE or Slurm here ({error}): give --coordinator host:port "
+                "--processes N --process I, or nothing for one process"
+            ) from error
     else:
+        if count < 1:
+            raise UsageError(
+                f"processes is {count}; --coordinator {coordinator} needs --processes N, how many there are, and "
+                "--process I, which of them this one is"
+            )
         if not 0 <= index < count:
             raise UsageError(f"process is {index}; with --processes {count} it is 0 to {count - 1}")
         jax.distributed.initialize(coordinator, count, index)

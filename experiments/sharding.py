@@ -169,7 +169,12 @@ def make_mesh(shape: tuple[int, int, int], axis_types: Literal["auto", "explicit
     """
     devices = list(jax.devices() if devices is None else devices)
     processes = len({device.process_index for device in devices})
-    filled = fill_mesh(shape, len(devices), exactly=processes > 1)
+    try:
+        filled = fill_mesh(shape, len(devices), exactly=processes > 1)
+    except UsageError as error:
+        if devices[0].platform != "cpu" or math.prod(size for size in shape if size > 0) <= len(devices):
+            raise
+        raise UsageError(f"{error}; XLA_FLAGS=--xla_force_host_platform_device_count=N makes N of a CPU") from error
     kind = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}[axis_types]
     placed = place_devices(filled, devices[: math.prod(filled)])
     if _shares_rows(placed):

@@ -37,7 +37,7 @@ class Job:
 
     def __init__(self, arguments, *, processes: int, devices: int | None = None, environment=None, output=None):
         environment = {**os.environ, **(environment or {})}
-        if devices:
+        if devices is not None:
             flags = environment.get("XLA_FLAGS", "").split()
             flags = [flag for flag in flags if "xla_force_host_platform_device_count" not in flag]
             flags.append(f"--xla_force_host_platform_device_count={devices}")
@@ -117,6 +117,17 @@ def _free_port() -> int:
         return found.getsockname()[1]
 
 
+def _at_least(smallest: int):
+    """A type of an argument: a whole number that is not too small."""
+
+    def parse(word: str) -> int:
+        if not word.lstrip("-").isdigit() or int(word) < smallest:
+            raise argparse.ArgumentTypeError(f"{word} is not a whole number of {smallest} or more")
+        return int(word)
+
+    return parse
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit status of the run."""
     parser = argparse.ArgumentParser(
@@ -124,10 +135,10 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__.splitlines()[0],
         usage="%(prog)s [options] -- run NAME ...",
     )
-    parser.add_argument("--processes", type=int, default=2, help="processes on this machine")
-    parser.add_argument("--devices", type=int, help="CPU devices of each process; by default what JAX finds")
+    parser.add_argument("--processes", type=_at_least(1), default=2, help="processes on this machine")
+    parser.add_argument("--devices", type=_at_least(1), help="CPU devices of each process; by default what JAX finds")
     parser.add_argument(
-        "--restarts", type=int, default=0, help="how often to start again, with --resume, after a failure"
+        "--restarts", type=_at_least(0), default=0, help="how often to start again, with --resume, after a failure"
     )
     parser.add_argument("command", nargs="+", help="what follows `python -m experiments`")
     options = parser.parse_args(arguments)
@@ -146,10 +157,10 @@ def main(arguments: list[str] | None = None) -> int:
             signal.signal(number, stop)
         status = job.wait()
         if status in (0, REFUSED) or stopped.is_set() or attempt == options.restarts:
-            return status if status >= 0 else 128 - status
+            break
         print(f"a process ended with status {status}; all start again from the newest checkpoint", flush=True)
         command += ["--resume"] * ("--resume" not in command)
-    return 0
+    return status if status >= 0 else 128 - status
 
 
 if __name__ == "__main__":

@@ -70,6 +70,18 @@ def test_what_cannot_be_run_is_said_once_and_nothing_is_started(monkeypatch, cap
     assert capsys.readouterr().err.startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("option", "smallest"), [(["--processes", "0"], 1), (["--devices", "0"], 1), (["--restarts", "-1"], 0)]
+)
+def test_numbers_that_start_nothing_are_refused(monkeypatch, capsys, option, smallest):
+    monkeypatch.setattr(local, "Job", None)
+    with pytest.raises(SystemExit) as exit:
+        local.main([*option, "--", "run", "bytes_lm"])
+    assert exit.value.code == 2
+    said = f"argument {option[0]}: {option[1]} is not a whole number of {smallest} or more\n"
+    assert capsys.readouterr().err.endswith(said)
+
+
 def test_what_processes_say_alike_is_shown_once(monkeypatch, capsys):
     """A stand-in for `python -m experiments`: both processes refuse alike, and it is not tried again."""
     refusing = [sys.executable, "-c", "print('error: no data'); print(); raise SystemExit(2)"]

@@ -93,6 +93,32 @@ def test_what_cannot_be_done_is_one_line(capsys, tmp_path, monkeypatch, argument
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--processes", "2"], "error: processes is 2 and process 0, but without --coordinator there is one: give"),
+        (["--coordinator", "localhost:1234"], "error: processes is 0; --coordinator localhost:1234 needs --proc"),
+        (["--coordinator", "auto"], "error: --coordinator auto finds no Cloud TPU, GKE or Slurm here"),
+        (["--mesh", "2", "1", "1"], "error: mesh is (2, 1, 1), which does not fit 1 devices"),
+    ],
+)
+def test_machines_that_are_not_there_are_one_line_before_anything_starts(tmp_path, options, message):
+    told = ("XLA_FLAGS", "COORDINATOR", "SLURM", "OMPI", "KUBERNETES", "TPU", "JAX_")  # what tells JAX of a cluster
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(told)}
+    ran = subprocess.run(
+        [sys.executable, "-m", "experiments", "run", "digits_dst", *TINY, *options],
+        cwd=tmp_path,
+        env={**environment, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 2, ran.stderr
+    assert ran.stderr.startswith(message)
+    assert ran.stderr.count("\n") == 1
+    assert "--mesh" not in options or "--xla_force_host_platform_device_count=N" in ran.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_runs_from_an_empty_folder(tmp_path):
     def experiments(*arguments):
         return subprocess.run(
