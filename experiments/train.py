@@ -41,8 +41,9 @@ def train(
 
     What is done at which step depends on the configuration alone, and the state, the position in the data and the
     metrics are restored together. So a run that is killed, at any point, and resumed ends with the same bits as one
-    that is not. It may be resumed on another mesh and with another number of processes: it starts from the same bits,
-    and from there on sums are added in another order.
+    that is not. Only a stop on notice of preemption adds records, of kinds `train` and `masks` at its step: they and
+    the next ones are two parts of what else is one. It may be resumed on another mesh and with another number of
+    processes: it starts from the same bits, and from there on sums are added in another order.
 
     Args:
         variant: what to train.
